@@ -1,0 +1,1 @@
+"""Adapters: which methods there are (one table over peft), and their files."""

@@ -1,0 +1,253 @@
+"""Conversation → Example: the only place where a chat template is applied and the only place where the loss mask is made.
+
+Training, chat, evaluation and export all call `render_prompt` or `render_example`, so they cannot disagree.
+
+    <|im_start|>user⏎Hi<|im_end|>⏎<|im_start|>assistant⏎ │ Hello!<|im_end|> │ ⏎<|im_start|>user⏎Bye …
+    └──────────── prompt: label -100 ────────────────────┘ └── trained ─────┘ └── next prompt ──────
+
+A conversation is cut at exactly these borders and each piece is tokenized by itself. So the ids a model is trained
+on are the ids it is prompted with later, also where a tokenizer would have merged across the border.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from myna.data.conversation import Conversation, Message
+from myna.errors import DataError, ModelError
+from myna.run import read_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+IGNORE = -100  # the label of a token that is not in the loss, as torch and transformers have it
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One rendered row: `input_ids_T` and, aligned with it, `labels_T` (the id itself where trained, else IGNORE)."""
+
+    input_ids_T: IntArray
+    labels_T: IntArray
+    num_cut: int = 0
+
+    @property
+    def num_targets(self) -> int:
+        """Target tokens: the first position of a document predicts nothing, so a label there does not count."""
+        return int((self.labels_T[1:] != IGNORE).sum())
+
+
+@dataclass(frozen=True)
+class ChatTokenizer:
+    """A tokenizer and its own chat template, read from a folder without transformers (which would load torch)."""
+
+    tokenizer: Tokenizer
+    template_text: str
+    special_tokens: Mapping[str, str]
+
+    @cached_property
+    def _template(self) -> Any:
+        return compile_template(self.template_text)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        added = self.tokenizer.get_added_tokens_decoder()
+        return frozenset(i for i, token in added.items() if token.special)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """What ends an answer: the token that closes an assistant turn in the template, and the tokenizer's EOS."""
+        probe = Conversation((Message("user", "a"), Message("assistant", "b")))
+        ids, labels = render_pieces(probe, self)
+        closing = int(ids[labels != IGNORE][-1])
+        eos = self.special_tokens.get("eos_token")
+        eos_id = self.tokenizer.token_to_id(eos) if eos else None
+        return frozenset({closing} if eos_id is None else {closing, int(eos_id)})
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def render_text(self, conversation: Conversation, *, add_generation_prompt: bool) -> str:
+        """The template's text, as `transformers`' apply_chat_template(tokenize=False) gives it."""
+        import jinja2
+
+        try:
+            text = self._template.render(
+                messages=conversation.as_dicts(),
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                **self.special_tokens,
+            )
+        except jinja2.TemplateError as error:
+            raise ModelError(f"the chat template refuses a conversation: {error}") from error
+        return str(text)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids; control tokens spelled in the text are read as such, none are added."""
+        return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=False).ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+# Used where a base model brings no template of its own; it is written into the run like any other, and said aloud.
+PLAIN_TEMPLATE = (
+    "{% if bos_token is defined and bos_token %}{{ bos_token }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+    "{% elif message['role'] == 'user' %}{{ '### User:\\n' + message['content'] + '\\n\\n' }}"
+    "{% else %}{{ '### Assistant:\\n' + message['content'] + eos_token + '\\n\\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
+)
+
+
+def load_chat_tokenizer(folder: Path) -> ChatTokenizer:
+    """Reads tokenizer.json, its special tokens and its chat template from a Hugging Face folder.
+
+    Raises ModelError where the folder has no fast tokenizer.
+    """
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ModelError(
+            "there is no tokenizer.json",
+            where=str(folder),
+            help="save it once with transformers: AutoTokenizer.from_pretrained(…).save_pretrained(folder)",
+        )
+    config_path = folder / "tokenizer_config.json"
+    config = read_json(config_path) if config_path.is_file() else {}
+    special = {}
+    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        value = config.get(key)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            special[key] = value
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    template = read_template(folder, config)
+    return ChatTokenizer(tokenizer, PLAIN_TEMPLATE if template is None else template, special)
+
+
+def read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The folder's chat template: chat_template.jinja, else the entry in tokenizer_config.json (the `default` one)."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template if isinstance(template, str) else None
+
+
+def compile_template(text: str) -> Any:
+    """Compiles with the environment that transformers gives templates (utils/chat_template_utils.py)."""
+    import json
+    from datetime import datetime
+
+    import jinja2
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def to_json(value: Any, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    # transformers marks assistant text with {% generation %}; here the borders are found otherwise, so the tag becomes
+    # a block that changes nothing and keeps its white-space control
+    text = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", text)
+    text = re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", text)
+    try:
+        return environment.from_string(text)
+    except jinja2.TemplateSyntaxError as error:
+        raise ModelError(f"the chat template is not valid Jinja: {error}") from error
+
+
+def render_prompt(conversation: Conversation, tokenizer: ChatTokenizer) -> list[int]:
+    """Token ids a model is given to write the next assistant turn; the last message is the user's."""
+    ids, _ = render_pieces(conversation, tokenizer, add_generation_prompt=True)
+    return [int(i) for i in ids]
+
+
+def render_example(conversation: Conversation, tokenizer: ChatTokenizer, max_length: int) -> Example:
+    """A training row: assistant turns trained, each up to and with its stop token; the rest masked.
+
+    Longer than `max_length` tokens is cut at the end, and `num_cut` says by how many.
+    Raises DataError where an assistant turn would end without a stop token.
+    """
+    ids_T, labels_T = render_pieces(conversation, tokenizer)
+    num_cut = max(0, len(ids_T) - max_length)
+    return Example(ids_T[:max_length], labels_T[:max_length], num_cut)
+
+
+def render_pieces(
+    conversation: Conversation, tokenizer: ChatTokenizer, *, add_generation_prompt: bool = False
+) -> tuple[IntArray, IntArray]:
+    """(input_ids_T, labels_T) of a conversation; with `add_generation_prompt` it ends open for an answer."""
+    ids: list[int] = []
+    labels: list[int] = []
+    done, tail = "", ""
+    for index, message in enumerate(conversation.messages):
+        if message.role != "assistant":
+            continue
+        before = Conversation(conversation.messages[:index])
+        prompt = tokenizer.render_text(before, add_generation_prompt=True)
+        whole = tokenizer.render_text(
+            Conversation(conversation.messages[: index + 1]), add_generation_prompt=False
+        )
+        prompt_ids = tokenizer.encode(tail + _continuation(prompt, done, conversation))
+        answer_ids, tail = _answer(_continuation(whole, prompt, conversation), tokenizer, conversation)
+        ids += prompt_ids + answer_ids
+        labels += [IGNORE] * len(prompt_ids) + answer_ids
+        done = whole
+    if add_generation_prompt:
+        prompt = tokenizer.render_text(conversation, add_generation_prompt=True)
+        prompt_ids = tokenizer.encode(tail + _continuation(prompt, done, conversation))
+        ids += prompt_ids
+        labels += [IGNORE] * len(prompt_ids)
+    return np.asarray(ids, dtype=np.int64), np.asarray(labels, dtype=np.int64)
+
+
+def _continuation(text: str, start: str, conversation: Conversation) -> str:
+    if not text.startswith(start):
+        raise ModelError(
+            "the chat template rewrites earlier turns when one is added, so a row cannot be masked exactly",
+            where=str(conversation.place) if conversation.place else None,
+            help="use rows with one assistant turn, or give the base a template that only appends",
+        )
+    return text[len(start) :]
+
+
+def _answer(text: str, tokenizer: ChatTokenizer, conversation: Conversation) -> tuple[list[int], str]:
+    """Ids of an assistant turn up to and with its stop token, and the text the template puts after that."""
+    encoding = tokenizer.tokenizer.encode(text, add_special_tokens=False)
+    ids = [int(i) for i in encoding.ids]
+    for position in range(len(ids) - 1, -1, -1):
+        if ids[position] in tokenizer.special_ids:
+            end = encoding.offsets[position][1]
+            return ids[: position + 1], text[end:]
+    raise DataError(
+        "the chat template ends an assistant turn without a stop token: the model would never learn to stop",
+        where=str(conversation.place) if conversation.place else None,
+        help="the template must close assistant turns with a special token such as <|im_end|> or </s>",
+        code="no-stop-token",
+    )

@@ -1,0 +1,1 @@
+"""The training step: packed, exact, and only where the loss is. See docs/train.md."""

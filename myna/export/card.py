@@ -1,0 +1,58 @@
+"""README.md of a run: the model card that goes wherever the model goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from myna.recipe import Recipe
+from myna.run import Run, read_json
+
+
+def model_card(run: Run, recipe: Recipe) -> str:
+    """The card as Markdown, from the run's own files; what was not measured is not claimed."""
+    info = run.info()
+    adapter, train = recipe.adapter, recipe.train
+    lines = [
+        f"# {run.name}",
+        "",
+        f"A {adapter.method} adapter (r {adapter.r}, alpha {adapter.alpha:g}) on `{info['base']['name']}`, "
+        f"trained with Myna {info['versions']['myna']} on {info['data']['train']['rows']} rows "
+        f"({train.epochs} epoch{'s' if train.epochs > 1 else ''}, {train.batch_size} rows a step, "
+        f"learning rate {train.learning_rate:g}).",
+        "",
+    ]
+    if run.evaluation_path.is_file():
+        lines += _evaluation(read_json(run.evaluation_path))
+    if run.parity_path.is_file():
+        lines += _parity(read_json(run.parity_path))
+    if recipe.data.system:
+        lines += ["## System text", "", f"It was trained with this system text: `{recipe.data.system}`", ""]
+    digests = [f"- base model: `{info['base']['sha256']}`"]
+    digests += [
+        f"- data.{name}: `{file['sha256']}` ({file['rows']} rows)" for name, file in info["data"].items()
+    ]
+    return "\n".join([*lines, "## Inputs (SHA-256)", "", *digests, ""])
+
+
+def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:
+    lines = [f"## On {evaluation['rows']} held-out rows", "", "| model | exact match | 95 % interval | MB |"]
+    lines.append("| --- | ---: | ---: | ---: |")
+    for name, result in evaluation["results"].items():
+        low, high = result["interval"]
+        lines.append(
+            f"| {name} | {result['exact_match']:.1%} | {low:.1%} to {high:.1%} | {result['mb']:.0f} |"
+        )
+    return [*lines, ""]
+
+
+def _parity(parity: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "## Is the file the model?",
+        "",
+        "| file | mean KL to merged | same top token |",
+        "| --- | ---: | ---: |",
+    ]
+    for name, file in parity.get("files", {}).items():
+        lines.append(f"| {name} | {file['mean_kl']:.4f} | {file['same_top']:.1%} |")
+    return [*lines, ""]

@@ -1,0 +1,131 @@
+"""All stages in order. Each is a function from files of a run to files of a run, and is skipped where it is done.
+
+recipe ─ train ─► adapter/ ─ merge ─► merged/ ─ export ─► gguf/, parity.json ─ evaluate ─► evaluation.json ─► report.html
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from myna.errors import Interrupted
+from myna.evaluate.stage import evaluate_stage
+from myna.export.quantize import quant_type
+from myna.export.stage import export_stage, merge_stage
+from myna.prepare import prepare, refuse_existing, run_of, stored_recipe
+from myna.recipe import Recipe
+from myna.run import Run, file_sha256, lock_run, read_json, run_files
+from myna.show import Show
+
+
+def run_recipe(recipe: Recipe, *, resume: bool = False, show: Show | None = None) -> dict[str, Any]:
+    """The whole way for one recipe; returns what `--json` prints. With `resume` it goes on where the run stopped."""
+    show = show or Show()
+    run = train_stage(recipe, resume=resume, show=show)
+    # what a resumed recipe says of export and evaluation counts; the rest is as it was trained
+    settings = stored_recipe(run)
+    merge_stage(run, show=show)
+    export_stage(run, settings.export.quantize, show=show)
+    evaluate_stage(run, show=show)
+    return outcome(run)
+
+
+def train_stage(recipe: Recipe, *, resume: bool = False, show: Show | None = None) -> Run:
+    """Trains the recipe's adapter. Refuses a run that exists unless `resume`; does nothing where it is trained."""
+    from myna.train import catch_signals, train
+
+    show = show or Show()
+    for file_type in recipe.export.quantize:
+        quant_type(file_type)
+    run = run_of(recipe)
+    if not resume:
+        refuse_existing(run)
+    started = time.perf_counter()
+    show.stage("train")
+    with lock_run(run) if run.exists() else _locked_when_made(run):
+        prepared = prepare(recipe, run, show.say)
+        if run.stage("train"):
+            show.say("the adapter is trained already")
+            return run
+        plan = prepared.plan
+        fast = "packed, fast path" if plan.path == "fast" else f"reference path: {plan.path_reason}"
+        show.say(
+            f"{plan.num_steps} steps in {plan.dtype} on {plan.device} with {plan.threads} threads ({fast})"
+        )
+        tokens = targets = 0
+        with catch_signals() as stop_asked:
+            for report in train(prepared, show.say, stop_asked):
+                show.step(report)
+                tokens, targets = tokens + report.tokens, targets + report.target_tokens
+            number = stop_asked()
+        seconds = time.perf_counter() - started
+        run.finish_stage(
+            "train",
+            {
+                "seconds": round(seconds, 1),
+                "steps": plan.num_steps,
+                "tokens": tokens,
+                "target_tokens": targets,
+                "trainable_parameters": _num_parameters(run),
+                "adapter_sha256": file_sha256(run.adapter_dir / "adapter_model.safetensors"),
+            },
+        )
+        if number is not None:
+            raise Interrupted(
+                "stopped; the adapter is trained",
+                signal_number=number,
+                where=str(run.path),
+                help="the same command with --resume goes on",
+            )
+    gc.collect()
+    return run
+
+
+def outcome(run: Run) -> dict[str, Any]:
+    """What `run` and `demo` end with, from the run's files."""
+    info = run.info()
+    seconds = {name: stage["seconds"] for name, stage in info["stages"].items()}
+    results = read_json(run.evaluation_path)["results"] if run.evaluation_path.is_file() else {}
+    parity = read_json(run.parity_path) if run.parity_path.is_file() else {}
+    keys = ("exact_match", "interval", "field_f1", "token_f1", "mb", "tokens_per_s", "num_rows")
+    files = {t: str(run.path / entry["path"]) for t, entry in run_files(run).items()}
+    return {
+        "run": str(run.path),
+        "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
+        "evaluation": {name: {key: result[key] for key in keys} for name, result in results.items()},
+        "parity": {
+            "verdict": parity.get("verdict"),
+            "merged": parity.get("merged"),
+            **parity.get("files", {}),
+        },
+        "files": {
+            "adapter": str(run.adapter_dir),
+            "merged": str(run.merged_dir),
+            **files,
+            "report": str(run.report_path),
+        },
+    }
+
+
+@contextmanager
+def _locked_when_made(run: Run) -> Iterator[None]:
+    """Locks a run that is about to be made; where nothing came of it, the empty folder goes again."""
+    try:
+        with lock_run(run):
+            yield
+    except BaseException:
+        if not run.exists() and {p.name for p in run.path.glob("*")} <= {".lock"}:
+            (run.path / ".lock").unlink(missing_ok=True)
+            run.path.rmdir()
+        raise
+
+
+def _num_parameters(run: Run) -> int:
+    from safetensors import safe_open
+
+    with safe_open(run.adapter_dir / "adapter_model.safetensors", framework="np") as tensors:
+        shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 - not a dict
+    return sum(int(rows) * int(columns) for rows, columns in shapes)

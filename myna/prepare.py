@@ -1,0 +1,334 @@
+"""From a recipe to a run that can be trained: rows read and rendered, base found, every choice frozen and written down."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import myna
+from myna.data.conversation import Conversation
+from myna.data.packing import num_steps_an_epoch
+from myna.data.render import ChatTokenizer, Example, load_chat_tokenizer, render_example
+from myna.data.rows import LoadedRows, as_row, load_conversations
+from myna.data.split import drop_overlap, split_rows
+from myna.engine.optim import default_learning_rate
+from myna.engine.step import PathName, choose_path
+from myna.engine.threads import fast_in_bfloat16, usable_cores
+from myna.errors import DataError, RecipeError, UsageError
+from myna.model.load import read_config
+from myna.model.sources import BaseFiles, resolve_base
+from myna.recipe import Recipe, load_recipe, recipe_yaml
+from myna.run import Run, read_json, run_path, timestamp, write_json, write_text
+
+Say = Callable[[str], None]
+
+DEFAULT_MAX_LENGTH = 2048
+DEFAULT_PACK_TOKENS = 1024  # on a CPU a larger pack is no faster and takes about 1.5 MB more a token
+ALLOWED_CUT = 0.01  # the part of the rows that may be cut without being asked for
+# Settings that a resumed run may change: they do not touch what is trained.
+FREE_SETTINGS = ("evaluate.", "export.", "train.save_every_steps", "train.keep_checkpoints")
+LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "gguf", "xllamacpp", "numpy")
+
+
+@dataclass(frozen=True)
+class FrozenPlan:
+    """What the machine decided, before the first step; every resume obeys it."""
+
+    device: str
+    dtype: str
+    threads: int
+    path: PathName
+    path_reason: str
+    pack_tokens: int
+    num_rows: int
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run ready to train: the resolved recipe and everything that was read for it."""
+
+    run: Run
+    recipe: Recipe
+    base: BaseFiles
+    tokenizer: ChatTokenizer
+    examples: tuple[Example, ...]
+    test: tuple[Conversation, ...]
+    plan: FrozenPlan
+
+
+def run_of(recipe: Recipe) -> Run:
+    """The run a recipe names: run.name, else the stem of its training file, under ./runs."""
+    name = recipe.run.name or Path(recipe.data.train).name.partition(".")[0]
+    if not name:
+        raise RecipeError("run.name is missing and data.train gives none", help="--set run.name=NAME")
+    return Run(run_path(name))
+
+
+def stored_recipe(run: Run) -> Recipe:
+    """The resolved recipe that a run was made from."""
+    return load_recipe(run.recipe_path)
+
+
+def refuse_existing(run: Run) -> None:
+    """UsageError with the two cures where the run exists, or where its folder holds something else."""
+    if run.exists():
+        raise UsageError(
+            f"the run {run.name} exists",
+            where=str(run.path),
+            help="--resume goes on with it; --set run.name=NAME starts another",
+            code="run-exists",
+        )
+    ours = {".lock", "recipe.yaml", "plan.json", "tokenizer", "rows"}
+    others = [p.name for p in run.path.glob("*") if p.name not in ours and not p.name.startswith(".tmp-")]
+    if others:
+        raise UsageError(
+            f"the folder is no run and is not empty ({', '.join(sorted(others)[:3])})",
+            where=str(run.path),
+            help="--set run.name=NAME names another",
+            code="run-exists",
+        )
+
+
+def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
+    """Makes a new run, or reads an existing one back and refuses one whose inputs changed.
+
+    Raises DataError, ModelError, RecipeError or MachineError with nothing written but whole files.
+    """
+    loaded, train, test = _read_rows(recipe, say)
+    base = resolve_base(recipe.model.base, say)
+    config = read_config(base.folder)
+    resolved = _resolve(recipe, run, config)
+    tokenizer = load_chat_tokenizer(base.folder)
+    examples = render_rows(train, tokenizer, resolved, say)
+    plan = _freeze(resolved, config, len(examples))
+    inputs = _inputs(resolved, base, loaded, len(test))
+    if run.exists():
+        _refuse_changes(run, resolved, inputs)
+        plan = FrozenPlan(**read_json(run.plan_path))
+        write_text(run.recipe_path, recipe_yaml(resolved))
+    else:
+        _write_run(run, resolved, base, plan, inputs, test)
+    return Prepared(run, resolved, base, tokenizer, tuple(examples), tuple(test), plan)
+
+
+def held_out(run: Run) -> tuple[Conversation, ...]:
+    """The run's held-out rows, with its system text where they have none."""
+    from myna.data.rows import load_conversations as load
+
+    if not run.test_path.is_file():
+        return ()
+    return load(run.test_path, format_name="messages").conversations
+
+
+def render_rows(
+    rows: Sequence[Conversation], tokenizer: ChatTokenizer, recipe: Recipe, say: Say
+) -> list[Example]:
+    """Renders rows; counts and says what was cut or dropped, and refuses more than 1 % of it unasked."""
+    max_length = recipe.data.max_length
+    assert max_length is not None
+    examples, first_long, num_cut, num_dropped, longest = [], "", 0, 0, 0
+    for row in rows:
+        example = render_example(row, tokenizer, max_length)
+        longest = max(longest, len(example.input_ids_T) + example.num_cut)
+        if example.num_cut:
+            num_cut += 1
+            first_long = first_long or str(row.place)
+        if example.num_targets:
+            examples.append(example)
+        else:
+            num_dropped += 1
+    lengths = sorted(len(example.input_ids_T) for example in examples)
+    if num_cut > ALLOWED_CUT * len(rows) and not recipe.data.cut_long:
+        raise DataError(
+            f"{num_cut} of {len(rows)} rows are longer than {max_length} tokens (the longest has {longest})",
+            where=first_long,
+            help=f"--set data.max_length={longest} keeps them whole; --set data.cut_long=true cuts them",
+            code="cut",
+        )
+    if not examples:
+        raise DataError(f"no row is left to train on: all {len(rows)} are wholly masked", code="masked")
+    say(
+        f"{len(examples)} rows to train, {lengths[len(lengths) // 2]} tokens in the middle, {lengths[-1]} at most; "
+        f"{num_cut} cut, {num_dropped} wholly masked and left out"
+    )
+    return examples
+
+
+def _read_rows(
+    recipe: Recipe, say: Say
+) -> tuple[dict[str, LoadedRows], list[Conversation], list[Conversation]]:
+    data = recipe.data
+    loaded = {
+        "train": load_conversations(
+            Path(data.train), format_name=data.format, columns=data.columns, max_rows=recipe.train.max_rows
+        )
+    }
+    if data.test:
+        loaded["test"] = load_conversations(Path(data.test), format_name=data.format, columns=data.columns)
+    for rows in loaded.values():
+        for sentence in rows.said:
+            say(sentence)
+    if data.test:
+        train, num_dropped = drop_overlap(loaded["train"].conversations, loaded["test"].conversations)
+        test: Sequence[Conversation] = loaded["test"].conversations
+        if num_dropped:
+            say(
+                f"{num_dropped} training rows were left out: their prompts stand in {Path(data.test).name} too"
+            )
+    else:
+        split = split_rows(
+            loaded["train"].conversations, test_fraction=data.test_fraction, seed=recipe.train.seed
+        )
+        train, test = split.train, split.test
+        say(f"{len(test)} of {loaded['train'].num_rows} rows are held out (data.test_fraction)")
+    if not train:
+        raise DataError("no row is left to train on", where=data.train)
+    return loaded, [c.with_system(data.system) for c in train], [c.with_system(data.system) for c in test]
+
+
+def _resolve(recipe: Recipe, run: Run, config: Any) -> Recipe:
+    """The recipe with every default that depends on the base written out."""
+    text = config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
+    max_length = recipe.data.max_length or min(context, DEFAULT_MAX_LENGTH)
+    if max_length > context:
+        raise RecipeError(
+            f"data.max_length is {max_length}, the base reads at most {context} tokens",
+            help=f"--set data.max_length={context}",
+        )
+    rate = recipe.train.learning_rate or default_learning_rate(text.hidden_size)
+    data = recipe.data.model_copy(
+        update={
+            "max_length": max_length,
+            "train": str(Path(recipe.data.train).resolve()),
+            "test": str(Path(recipe.data.test).resolve()) if recipe.data.test else None,
+        }
+    )
+    packs = recipe.train.pack_tokens or DEFAULT_PACK_TOKENS
+    train = recipe.train.model_copy(update={"learning_rate": rate, "pack_tokens": packs})
+    names = recipe.run.model_copy(update={"name": run.name})
+    base = recipe.model.base
+    model = recipe.model.model_copy(
+        update={"base": str(Path(base).resolve()) if Path(base).exists() else base}
+    )
+    return recipe.model_copy(update={"run": names, "data": data, "train": train, "model": model})
+
+
+def _freeze(recipe: Recipe, config: Any, num_rows: int) -> FrozenPlan:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    fast_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else fast_in_bfloat16()
+    dtype = recipe.model.dtype if recipe.model.dtype != "auto" else ("bf16" if fast_bf16 else "fp32")
+    path, reason = choose_path(config, recipe.adapter)
+    settings = recipe.train
+    num_steps = settings.epochs * num_steps_an_epoch(num_rows, settings.batch_size)
+    assert settings.pack_tokens is not None
+    return FrozenPlan(
+        device=device,
+        dtype=dtype,
+        threads=usable_cores(),
+        path=path,
+        path_reason=reason,
+        pack_tokens=settings.pack_tokens,
+        num_rows=num_rows,
+        num_steps=min(num_steps, settings.max_steps or num_steps),
+    )
+
+
+def _inputs(
+    recipe: Recipe, base: BaseFiles, loaded: Mapping[str, LoadedRows], num_test: int
+) -> dict[str, Any]:
+    files = {
+        name: {
+            "path": getattr(recipe.data, name),
+            "sha256": rows.sha256,
+            "rows": rows.num_rows,
+            "format": rows.format_name,
+        }
+        for name, rows in loaded.items()
+    }
+    return {
+        "base": {"name": base.name, "sha256": base.sha256},
+        "data": files,
+        "held_out_rows": num_test,
+    }
+
+
+def _write_run(
+    run: Run,
+    recipe: Recipe,
+    base: BaseFiles,
+    plan: FrozenPlan,
+    inputs: Mapping[str, Any],
+    test: Sequence[Conversation],
+) -> None:
+    """Writes the run's first files; run.json last, since it is what makes the folder a run."""
+    import json
+
+    write_text(run.recipe_path, recipe_yaml(recipe))
+    write_json(run.plan_path, asdict(plan))
+    save_tokenizer(base.folder, run.tokenizer_dir)
+    lines = [json.dumps(as_row(conversation), ensure_ascii=False) + "\n" for conversation in test]
+    if lines:
+        write_text(run.test_path, "".join(lines))
+    versions = {"myna": myna.__version__, "python": platform.python_version()}
+    versions |= {name: version(name) for name in LIBRARIES}
+    info = {"name": run.name, "created": timestamp(), **inputs}
+    machine = {"system": platform.system(), "processor": platform.machine(), "platform": sys.platform}
+    write_json(run.path / "run.json", {**info, "versions": versions, "machine": machine, "stages": {}})
+
+
+def save_tokenizer(source: Path, folder: Path) -> None:
+    """Copies the tokenizer's files and writes the chat template in use beside them."""
+    import shutil
+
+    from myna.run import new_directory
+
+    tokenizer = load_chat_tokenizer(source)
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
+    with new_directory(folder) as temporary:
+        for name in names:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, temporary / name)
+        (temporary / "chat_template.jinja").write_text(tokenizer.template_text, encoding="utf-8")
+
+
+def _refuse_changes(run: Run, recipe: Recipe, inputs: Mapping[str, Any]) -> None:
+    """RecipeError naming every setting or input that differs from what the run was made from."""
+    before = _flat(stored_recipe(run).model_dump(mode="json"))
+    now = _flat(recipe.model_dump(mode="json"))
+    changed = [
+        f"{key}: {before.get(key)} → {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(FREE_SETTINGS)
+    ]
+    info = run.info()
+    if info["base"]["sha256"] != inputs["base"]["sha256"]:
+        changed.append("the weights of the base model changed")
+    for name, file in inputs["data"].items():
+        if info["data"].get(name, {}).get("sha256") != file["sha256"]:
+            changed.append(f"the file data.{name} changed ({file['path']})")
+    if changed:
+        raise RecipeError(
+            "the run was made from something else:\n  " + "\n  ".join(changed),
+            where=str(run.path),
+            help="put it back to go on, or --set run.name=NAME to start another run",
+            code="changed",
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and prefix.count(".") < 1:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

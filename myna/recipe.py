@@ -1,0 +1,257 @@
+"""The Recipe: all that a run is told, in one typed place. Unknown keys are refused with line and nearest name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from myna.errors import RecipeError, UsageError
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+PathText = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """One block of the recipe: frozen, and closed to keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunSettings(Section):
+    name: str | None = Field(
+        None, description="the run's folder under ./runs; default: the stem of data.train"
+    )
+
+
+class ModelSettings(Section):
+    base: str = Field(
+        "smollm2-135m", description="packaged name · hf:org/name@revision · ./folder · ./file.gguf"
+    )
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="what the frozen base computes in; auto: bf16 where this machine is fast at it"
+    )
+    quantize: Literal["none"] = Field("none", description="storage of the frozen base")
+
+
+class DataSettings(Section):
+    train: PathText = Field(description="rows to learn: .jsonl .json .csv .tsv .parquet")
+    test: str | None = Field(None, description="held-out rows; default: a part of data.train")
+    test_fraction: Fraction = Field(0.1, description="the part of data.train held out where no test is given")
+    format: str = Field("auto", description="auto · prompt_answer · alpaca · messages · sharegpt")
+    columns: dict[str, str] = Field(default_factory=dict, description="our key: your key, where they differ")
+    system: str | None = Field(None, description="system text for conversations that have none")
+    max_length: Annotated[int, Field(ge=8)] | None = Field(
+        None, description="longest row in tokens; default: the model's context, at most 2048"
+    )
+    cut_long: bool = Field(False, description="cut longer rows even where that is more than 1 % of them")
+
+
+class AdapterSettings(Section):
+    method: Literal["lora", "rslora"] = Field("lora", description="lora · rslora")
+    r: Annotated[int, Field(ge=1)] = Field(16, description="rank")
+    alpha: Annotated[float, Field(gt=0)] = Field(16, description="scale of the adapter: alpha / r")
+    dropout: Fraction = Field(0.0, description="dropout before the adapter; > 0 takes the reference path")
+    target_modules: str | list[str] = Field("all-linear", description="all-linear, or names of layers")
+
+
+class TrainSettings(Section):
+    epochs: Annotated[int, Field(ge=1)] = Field(1, description="times through the rows")
+    max_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="stop after so many steps")
+    max_rows: Annotated[int, Field(ge=1)] | None = Field(None, description="read so many rows of data.train")
+    batch_size: Annotated[int, Field(ge=1)] = Field(8, description="rows a step")
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="peak; default: by method and width"
+    )
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="after the warm-up")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(5, description="steps from 0 to the peak")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="of AdamW, on the adapter")
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="gradients are scaled to it; 0: off"
+    )
+    save_every_steps: Annotated[int, Field(ge=1)] = Field(25, description="steps between checkpoints")
+    keep_checkpoints: Annotated[int, Field(ge=1)] = Field(3, description="the newest n stay")
+    pack_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="tokens computed at once; default: 2048, decided in plan.json"
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(42, description="of order, split and adapter")
+
+
+class EvaluateSettings(Section):
+    max_rows: Annotated[int, Field(ge=1)] = Field(200, description="held-out rows that are answered")
+    max_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="longest answer; default: the longest expected one and a quarter more"
+    )
+
+
+class ExportSettings(Section):
+    quantize: list[str] = Field(
+        default_factory=lambda: ["Q4_K_M", "Q8_0"], description="GGUF files to write, as upstream spells them"
+    )
+    dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of merged/")
+
+
+class Recipe(Section):
+    run: RunSettings = Field(default_factory=RunSettings)
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    data: DataSettings
+    adapter: AdapterSettings = Field(default_factory=AdapterSettings)
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+    export: ExportSettings = Field(default_factory=ExportSettings)
+
+
+# Settings that are paths: the recipe's are read from its own folder, those of --set from the current one.
+PATH_KEYS = (("data", "train"), ("data", "test"))
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe file; `overrides` are `key.path=value` texts (`--set`), values in YAML.
+
+    Relative paths in the file count from the file's folder, those in `overrides` from the current one.
+    Raises RecipeError with every fault at once, each with its line and the nearest name.
+    """
+    tree = _read_yaml(path)
+    _resolve_paths(tree, path.resolve().parent)
+    return build_recipe(tree, overrides, where=path.name)
+
+
+def build_recipe(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
+    """Checks a tree of settings (as loaded from YAML, or made in Python)."""
+    merged: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+    for text in overrides:
+        _apply_override(merged, text)
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise _recipe_error(error, tree, where) from None
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The recipe with every default written out, as YAML that `load_recipe` reads back equal."""
+    import io
+
+    stream = io.StringIO()
+    yaml = YAML(typ="safe")
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.dump(recipe.model_dump(mode="json"), stream)
+    return stream.getvalue()
+
+
+def setting_lines() -> Iterator[tuple[str, str, str]]:
+    """(key, default, description) of every setting: what the reference page and `myna init` are made of."""
+    for block, field in Recipe.model_fields.items():
+        section = field.annotation
+        assert isinstance(section, type) and issubclass(section, Section)
+        for key, setting in section.model_fields.items():
+            default = "required" if setting.is_required() else setting.get_default(call_default_factory=True)
+            yield f"{block}.{key}", "" if default is None else str(default), setting.description or ""
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        cure = f"did you mean {path.parent / near[0]}?" if near else "`myna init ROWS.jsonl` writes one"
+        raise RecipeError("there is no such recipe file", where=str(path), help=cure)
+    try:
+        tree = YAML().load(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"is not UTF-8 (byte {error.start})", where=str(path)) from None
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(f"is not YAML: {error.problem}", where=f"{path.name}:{line}") from None
+    except YAMLError as error:
+        raise RecipeError(f"is not YAML: {error}", where=path.name) from None
+    if not isinstance(tree, CommentedMap):
+        raise RecipeError(
+            "a recipe is a mapping of settings",
+            where=f"{path.name}:1",
+            help="`myna init ROWS.jsonl` writes a commented one",
+        )
+    return tree
+
+
+def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
+    for block, key in PATH_KEYS:
+        section = tree.get(block)
+        if isinstance(section, dict) and isinstance(section.get(key), str) and section[key]:
+            section[key] = str(folder / Path(section[key]).expanduser())
+    model = tree.get("model")
+    if isinstance(model, dict) and isinstance(model.get("base"), str):
+        base = model["base"]
+        if base.startswith((".", "~")) or base.endswith(".gguf"):
+            model["base"] = str((folder / Path(base).expanduser()).resolve())
+
+
+def _apply_override(tree: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UsageError(f"--set {text}: expected key=value", help="--set train.learning_rate=1e-4")
+    node = tree
+    for part in parts[:-1]:
+        below = node.setdefault(part, {})
+        if not isinstance(below, dict):
+            raise UsageError(f"--set {text}: {part} is no block of settings")
+        node = below
+    try:
+        parsed = YAML(typ="safe").load(value) if value.strip() else None
+    except YAMLError as error:
+        raise UsageError(f"--set {text}: the value is not YAML: {error}") from None
+    if tuple(parts) in PATH_KEYS and isinstance(parsed, str):
+        parsed = str(Path(parsed).expanduser().resolve())
+    node[parts[-1]] = parsed
+
+
+def _recipe_error(error: ValidationError, tree: Mapping[str, Any], where: str) -> RecipeError:
+    faults = [_fault_line(fault, tree, where) for fault in error.errors()]
+    first, *rest = faults
+    return RecipeError("\n".join([first[1], *(f"{place}: {text}" for place, text in rest)]), where=first[0])
+
+
+def _fault_line(fault: Any, tree: Mapping[str, Any], where: str) -> tuple[str, str]:
+    """One fault of pydantic's as (file:line, sentence)."""
+    path = [part for part in fault["loc"] if isinstance(part, str) and not part.startswith("list[")]
+    path = [part for part in path if part not in ("str", "function-after")]
+    dotted = ".".join(path)
+    line = _line_of(tree, path)
+    place = f"{where}:{line}" if line else where
+    if fault["type"] == "extra_forbidden":
+        return place, f"{dotted} is not a setting.{_nearest(path)}"
+    if fault["type"] == "missing":
+        return place, f"{dotted} is missing; --set {dotted}=… or a line in the recipe gives it."
+    given = "" if isinstance(fault["input"], dict) else f" (it is {fault['input']!r})"
+    return place, f"{dotted}: {fault['msg'][0].lower()}{fault['msg'][1:]}{given}."
+
+
+def _nearest(path: Sequence[str]) -> str:
+    """A hint at the name that was meant: in the same block first, then anywhere."""
+    known = [key for key, _, _ in setting_lines()]
+    blocks = list(Recipe.model_fields)
+    if len(path) == 1:
+        leaves = {key.split(".")[1]: key for key in known}
+        near = difflib.get_close_matches(path[0], [*blocks, *leaves], n=1, cutoff=0.6)
+        return f" Did you mean {leaves.get(near[0], near[0])}?" if near else f" Blocks: {', '.join(blocks)}."
+    near = difflib.get_close_matches(".".join(path), known, n=1, cutoff=0.6)
+    if near:
+        return f" Did you mean {near[0]}?"
+    own = [key for key in known if key.startswith(f"{path[0]}.")]
+    return f" Settings there: {', '.join(own)}."
+
+
+def _line_of(tree: Any, path: Sequence[str]) -> int | None:
+    line: int | None = None
+    node = tree
+    for part in path:
+        if not isinstance(node, CommentedMap) or part not in node:
+            break
+        line = int(node.lc.key(part)[0]) + 1
+        node = node[part]
+    return line

@@ -1,0 +1,119 @@
+"""A module imports only leftwards, and torch does not enter before `data.packing`."""
+
+from __future__ import annotations
+
+import pytest
+from source_tree import NAMES, SOURCES, Source, imported_modules
+
+# From left to right. A module stands at the longest name here that it belongs to.
+DIRECTION = (
+    "errors",
+    "data.conversation",
+    "recipe",
+    "run",
+    "data",
+    "model",
+    "adapters",
+    "engine",
+    "checkpoint",
+    "plan",
+    "prepare",
+    "train",
+    "backends",
+    "export",
+    "evaluate",
+    "pipeline",
+    "serve",
+    "ship",
+    "sweep",
+    "cluster",
+    "chat",
+    "studio",
+    "demo",
+    "doctor",
+    "cli",
+)
+FREE_OF_TORCH = ("errors", "data", "recipe", "run")
+
+
+def station(name: str) -> str | None:
+    """The longest entry of DIRECTION that a module belongs to; None for the package itself: leftmost."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        if ".".join(parts[:end]) in DIRECTION:
+            return ".".join(parts[:end])
+    return None
+
+
+def place(name: str) -> int:
+    where = station(name)
+    return -1 if where is None else DIRECTION.index(where)
+
+
+def own_imports(source: Source) -> list[tuple[str, str]]:
+    """(module of Myna's that is imported, file:line), without itself."""
+    found = [(name, source.at(node)) for name, node in imported_modules(source)]
+    return [
+        (name.removeprefix("myna").lstrip("."), where)
+        for name, where in found
+        if name.split(".")[0] == "myna" and name.removeprefix("myna").lstrip(".") != source.name
+    ]
+
+
+def test_every_module_has_its_place() -> None:
+    homeless = sorted(name for name in NAMES if name and station(name) is None and name != "__main__")
+    assert not homeless, f"say in DIRECTION where these stand: {homeless}"
+
+
+def test_a_module_imports_only_leftwards() -> None:
+    wrong = [
+        f"{where}: {source.name or 'myna'} imports {name}"
+        for source in SOURCES
+        for name, where in own_imports(source)
+        if source.name != "__main__" and place(name) > place(source.name)
+    ]
+    assert not wrong, "\n".join(["these look to the right:", *wrong])
+
+
+def test_what_is_imported_is_there() -> None:
+    wrong = [
+        f"{where}: {name}"
+        for source in SOURCES
+        for name, where in own_imports(source)
+        if name and name not in NAMES
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_package_goes_round_in_circles() -> None:
+    below = {source.name: sorted({name for name, _ in own_imports(source) if name}) for source in SOURCES}
+    done: set[str] = set()
+
+    def walk(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " → ".join((*trail[trail.index(name) :], name))
+        if name not in done:
+            for other in below.get(name, ()):
+                walk(other, (*trail, name))
+            done.add(name)
+
+    for name in below:
+        walk(name, ())
+
+
+def test_no_torch_left_of_packing() -> None:
+    wrong = [
+        f"{source.at(node)}: {name}"
+        for source in SOURCES
+        if (station(source.name) or "").split(".")[0] in FREE_OF_TORCH and source.name != "data.packing"
+        for name, node in imported_modules(source)
+        if name.split(".")[0] in ("torch", "transformers", "peft", "accelerate")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("data.conversation", 1), ("data.render", 4), ("data", 4), ("engine.lora", 7), ("", -1)],
+)
+def test_the_place_of_a_module(name: str, expected: int) -> None:
+    assert place(name) == expected

@@ -1,0 +1,535 @@
+"""write_gguf and the vocabulary: what the file says, and what is refused before a file is there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from myna.errors import MachineError, ModelError, UsageError
+from myna.export.gguf import GgufSummary, write_gguf
+from myna.export.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED, read_vocabulary
+from myna.model.families import (
+    FAMILIES,
+    PRE_TOKENIZERS,
+    family_of,
+    gguf_name,
+    pre_tokenizer_json,
+    pre_tokenizer_name,
+)
+
+WORDS = "the quick brown fox jumps over the lazy dog; it's 12 o'clock\n" * 20
+VOCAB_SIZE = 300
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": VOCAB_SIZE,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
+}
+
+
+def write_tokenizer(folder: Path, pre: str = "smollm") -> dict[str, Any]:
+    """A byte-level BPE of 297 tokens: two special ones first, a user-defined one last, and then a hole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE(ignore_merges=PRE_TOKENIZERS[pre].ignores_merges))
+    tokenizer.decoder = decoders.ByteLevel()
+    value = json.loads(tokenizer.to_str()) | {"pre_tokenizer": pre_tokenizer_json(pre)}
+    tokenizer = Tokenizer.from_str(json.dumps(value))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=296, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([WORDS], trainer)
+    tokenizer.add_tokens(["<call>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    loaded: dict[str, Any] = json.loads((folder / "tokenizer.json").read_text())
+    return loaded
+
+
+def weights(config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    width, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    queries, keys = (config["head_dim"] * config[f"num_{kind}_heads"] for kind in ("attention", "key_value"))
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab, width),
+        "model.norm.weight": (width,),
+    }
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (vocab, width)
+    for layer in range(config["num_hidden_layers"]):
+        for name, shape in {
+            "input_layernorm": (width,),
+            "self_attn.q_proj": (queries, width),
+            "self_attn.k_proj": (keys, width),
+            "self_attn.v_proj": (keys, width),
+            "self_attn.o_proj": (width, queries),
+            "post_attention_layernorm": (width,),
+            "mlp.gate_proj": (ffn, width),
+            "mlp.up_proj": (ffn, width),
+            "mlp.down_proj": (width, ffn),
+        }.items():
+            shapes[f"model.layers.{layer}.{name}.weight"] = shape
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+def write_model(folder: Path, **changes: Any) -> Path:
+    config = CONFIG | changes
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(weights(config), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+def write(model_dir: Path, tokenizer_dir: Path, path: Path, file_type: str = "Q4_K_M") -> GgufSummary:
+    return write_gguf(model_dir, tokenizer_dir, path, file_type, name="Tiny")
+
+
+def keys_of(path: Path) -> dict[str, Any]:
+    return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
+
+
+# --- the file
+
+
+def test_the_keys_of_a_file(model_dir: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    write(model_dir, tokenizer_dir, tmp_path / "m.gguf")
+    keys = {key: value for key, value in keys_of(tmp_path / "m.gguf").items() if not key.startswith("GGUF.")}
+    for key in ("tokens", "token_type", "merges"):
+        keys.pop(f"tokenizer.ggml.{key}")
+    assert keys == {
+        "general.architecture": "llama",
+        "general.type": "model",
+        "general.name": "Tiny",
+        "general.size_label": "1.3M",
+        "general.quantization_version": 2,
+        "general.file_type": 15,
+        "llama.block_count": 2,
+        "llama.context_length": 128,
+        "llama.embedding_length": 256,
+        "llama.feed_forward_length": 512,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.key_length": 64,
+        "llama.attention.value_length": 64,
+        "llama.attention.layer_norm_rms_epsilon": pytest.approx(1e-5),
+        "llama.rope.dimension_count": 64,
+        "llama.rope.freq_base": 50000.0,
+        "llama.vocab_size": VOCAB_SIZE,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.padding_token_id": 1,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_eos_token": False,
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.chat_template": "{{ messages[0]['content'] }}",
+    }
+
+
+def test_the_summary_is_true(model_dir: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "m.gguf"
+    summary = write(model_dir, tokenizer_dir, path)
+    tensors = gguf.GGUFReader(path).tensors
+    assert summary.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (summary.path, summary.bytes, summary.num_tensors) == (path, path.stat().st_size, len(tensors))
+    kinds = [tensor.tensor_type.name for tensor in tensors]
+    assert summary.types == {kind: kinds.count(kind) for kind in set(kinds)}
+    assert summary.types == {"F32": 5, "Q4_K": 12, "Q6_K": 3}  # the head, and attn_v and ffn_down of block 1
+    assert [file.name for file in path.parent.iterdir()] == ["m.gguf"]
+
+
+def test_the_same_model_gives_the_same_bytes(model_dir: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    files = [write(model_dir, tokenizer_dir, tmp_path / name).sha256 for name in ("a.gguf", "b.gguf")]
+    assert files[0] == files[1]
+
+
+def test_progress_counts_bytes(model_dir: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    path = tmp_path / "m.gguf"
+    write_gguf(model_dir, tokenizer_dir, path, "Q8_0", name="x", progress=lambda *done: seen.append(done))
+    sizes = [int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors]
+    assert seen == [(sum(sizes[: index + 1]), sum(sizes)) for index in range(len(sizes))]
+
+
+def test_tied_embeddings_are_written_once(model_dir: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    write(model_dir, tokenizer_dir, tmp_path / "tied.gguf")
+    untied = write_model(tmp_path / "untied", tie_word_embeddings=False)
+    write(untied, tokenizer_dir, tmp_path / "untied.gguf")
+    names = [
+        {t.name for t in gguf.GGUFReader(tmp_path / f"{kind}.gguf").tensors} for kind in ("tied", "untied")
+    ]
+    assert names[1] - names[0] == {"output.weight"}
+
+
+def test_shards_and_halves_are_read_alike(model_dir: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    halves = {name: tensor.bfloat16() for name, tensor in weights(CONFIG).items()}
+    whole, shards = tmp_path / "whole", tmp_path / "shards"
+    for folder in (whole, shards):
+        folder.mkdir()
+        shutil.copy(model_dir / "config.json", folder)
+    save_file({name: tensor.float() for name, tensor in halves.items()}, whole / "model.safetensors")
+    parts = ("model-1.safetensors", "model-2.safetensors")
+    placed = {name: parts[index % 2] for index, name in enumerate(halves)}
+    for part in parts:
+        save_file({name: halves[name] for name in halves if placed[name] == part}, shards / part)
+    (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    files = [write(folder, tokenizer_dir, tmp_path / f"{folder.name}.gguf") for folder in (whole, shards)]
+    assert files[0].sha256 == files[1].sha256
+
+
+def test_memory_is_a_tensors_and_not_a_models(tokenizer_dir: Path, tmp_path: Path) -> None:
+    deep = write_model(tmp_path / "deep", num_hidden_layers=24)
+    write(deep, tokenizer_dir, tmp_path / "warm.gguf", "F16")
+    tracemalloc.start()
+    summary = write(deep, tokenizer_dir, tmp_path / "m.gguf", "F16")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    largest = 512 * 256 * 4
+    assert summary.bytes > 20 * largest
+    assert peak < 5 * largest
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_type": "linear", "factor": 4.0}, {"type": "linear", "factor": 4.0}),
+        (
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+            {"type": "yarn", "factor": 4.0, "original_context_length": 32},
+        ),
+        (
+            {"rope_type": "yarn", "factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0},
+            {"type": "yarn", "factor": 2.0, "original_context_length": 128},
+        ),
+    ],
+)
+def test_rope_scalings(
+    rope: dict[str, Any], expected: dict[str, Any], tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    write(
+        write_model(tmp_path / "m", rope_parameters=rope | {"rope_theta": 7.0}),
+        tokenizer_dir,
+        tmp_path / "m.gguf",
+    )
+    keys = keys_of(tmp_path / "m.gguf")
+    assert keys["llama.rope.freq_base"] == 7.0
+    scaling = {key.rsplit(".", 1)[1]: value for key, value in keys.items() if ".rope.scaling." in key}
+    assert scaling == expected
+
+
+def test_older_spellings_of_rope_and_head_dim(tokenizer_dir: Path, tmp_path: Path) -> None:
+    older = {"rope_parameters": None, "rope_theta": 9.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    write(write_model(tmp_path / "m", head_dim=128, **older), tokenizer_dir, tmp_path / "m.gguf", "Q8_0")
+    keys = keys_of(tmp_path / "m.gguf")
+    assert (keys["llama.rope.freq_base"], keys["llama.rope.scaling.factor"]) == (9.0, 2.0)
+    assert keys["llama.attention.key_length"] == keys["llama.attention.value_length"] == 128
+    assert keys["llama.rope.dimension_count"] == 128
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "length"),
+    [
+        ("mistral", {"sliding_window": 32}, 32),
+        ("mistral", {"sliding_window": None}, 128),
+        ("mistral", {"sliding_window": 4096}, 128),
+        ("llama", {"sliding_window": 32, "use_sliding_window": False}, 128),
+    ],
+)
+def test_a_sliding_window_ends_the_context(
+    model_type: str, changes: dict[str, Any], length: int, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    write(write_model(tmp_path / "m", model_type=model_type, **changes), tokenizer_dir, tmp_path / "m.gguf")
+    assert keys_of(tmp_path / "m.gguf")["llama.context_length"] == length
+
+
+# --- what is refused
+
+
+def refused(
+    error: type[Exception], said: str, model: Path, tokenizer: Path, tmp_path: Path, kind: str = "F16"
+) -> None:
+    folder = tmp_path / "gguf"
+    with pytest.raises(error, match=said):
+        write(model, tokenizer, folder / "m.gguf", kind)
+    assert not folder.exists() or not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": "gpt_neox"}, "gpt_neox.*llama, mistral, qwen2, qwen3"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"vocab_size": 299, "model_type": "llama", "hidden_size": None}, "no hidden_size"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}}, "yarn with beta_fast"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}}, "yarn with mscale"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "part of each head"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "each kind of layer"),
+        ({"model_type": "qwen2", "rope_parameters": {"rope_type": "llama3"}}, "llama3.*qwen2"),
+        ({"num_hidden_layers": 3}, "lacks model.layers.2.input_layernorm.weight"),
+        ({"num_hidden_layers": 1}, "has model.layers.1.*no place"),
+        ({"model_type": "qwen3"}, "lacks model.layers.0.self_attn.q_norm.weight"),
+        ({"tie_word_embeddings": False}, "lacks lm_head.weight"),
+        ({"vocab_size": 310}, "not the number of embeddings"),
+        ({"vocab_size": 290}, "ids up to 296"),
+    ],
+)
+def test_configs_refused(
+    changes: dict[str, Any], said: str, model_dir: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    changed = tmp_path / "model"
+    changed.mkdir()
+    (changed / "model.safetensors").symlink_to(model_dir / "model.safetensors")
+    (changed / "config.json").write_text(json.dumps(CONFIG | changes))
+    refused(ModelError, said, changed, tokenizer_dir, tmp_path)
+
+
+def test_an_unknown_file_type_is_refused(model_dir: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    refused(UsageError, "Q3_K", model_dir, tokenizer_dir, tmp_path, "Q3_K")
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (torch.full((256,), torch.nan), "output_norm.weight: .*not finite"),
+        (torch.ones(256, dtype=torch.int8), "int8"),
+    ],
+)
+def test_bad_weights_leave_no_file(
+    bad: torch.Tensor, said: str, model_dir: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    """output_norm is the last tensor: all others have been written by then."""
+    changed = tmp_path / "model"
+    changed.mkdir()
+    shutil.copy(model_dir / "config.json", changed)
+    save_file(weights(CONFIG) | {"model.norm.weight": bad}, changed / "model.safetensors")
+    refused(ModelError, said, changed, tokenizer_dir, tmp_path)
+
+
+def test_a_broken_or_missing_weights_file_is_named(
+    model_dir: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    changed = tmp_path / "model"
+    changed.mkdir()
+    shutil.copy(model_dir / "config.json", changed)
+    refused(ModelError, r"model\.safetensors", changed, tokenizer_dir, tmp_path)
+    (changed / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0nonsense")
+    refused(ModelError, r"model\.safetensors", changed, tokenizer_dir, tmp_path)
+
+
+def test_room_is_looked_at_first(
+    model_dir: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2_000_000))
+    refused(MachineError, "no room for the F32 file", model_dir, tokenizer_dir, tmp_path, "F32")
+
+
+def test_an_interrupted_write_keeps_the_old_file(
+    model_dir: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"old")
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_gguf(model_dir, tokenizer_dir, path, "F16", name="x", progress=stop)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("m.gguf", b"old")]
+
+
+# --- the vocabulary
+
+
+def changed_tokenizer(folder: Path, source: Path, **changes: Any) -> Path:
+    """A copy with keys replaced; `model__x` replaces `model.x`."""
+    shutil.copytree(source, folder)
+    value = json.loads((folder / "tokenizer.json").read_text())
+    for key, new in changes.items():
+        outer, _, inner = key.partition("__")
+        if inner:
+            value[outer][inner] = new
+        else:
+            value[outer] = new
+    (folder / "tokenizer.json").write_text(json.dumps(value))
+    return folder
+
+
+def test_tokens_types_and_merges(tokenizer_dir: Path) -> None:
+    vocabulary = read_vocabulary(tokenizer_dir, CONFIG)
+    tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    assert len(vocabulary.tokens) == len(vocabulary.token_types) == VOCAB_SIZE
+    for index in range(297):
+        assert vocabulary.tokens[index] == tokenizer.id_to_token(index)
+    assert vocabulary.tokens[297:] == ("[PAD297]", "[PAD298]", "[PAD299]")
+    assert vocabulary.token_types[:3] == (CONTROL, CONTROL, NORMAL)
+    assert vocabulary.token_types[295:] == (NORMAL, USER_DEFINED, UNUSED, UNUSED, UNUSED)
+
+
+def test_what_gguf_reads_of_the_same_folder(tokenizer_dir: Path) -> None:
+    upstream = gguf.SpecialVocab(tokenizer_dir, load_merges=True)
+    vocabulary = read_vocabulary(tokenizer_dir, CONFIG)
+    assert list(vocabulary.merges) == upstream.merges and len(upstream.merges) > 30
+    assert vocabulary.chat_template == upstream.chat_template
+    ids = {"bos": vocabulary.bos_id, "eos": vocabulary.eos_id, "pad": vocabulary.pad_id}
+    assert ids == upstream.special_token_ids
+
+
+def test_merges_as_pairs_or_as_text(tokenizer_dir: Path, tmp_path: Path) -> None:
+    pairs = json.loads((tokenizer_dir / "tokenizer.json").read_text())["model"]["merges"]
+    assert isinstance(pairs[0], list)
+    lines = changed_tokenizer(tmp_path / "t", tokenizer_dir, model__merges=[" ".join(pair) for pair in pairs])
+    assert read_vocabulary(lines, CONFIG).merges == read_vocabulary(tokenizer_dir, CONFIG).merges
+
+
+@pytest.mark.parametrize(
+    ("single", "around"),
+    [
+        (["A"], (False, False)),
+        (["<s>", "A"], (True, False)),
+        (["A", "</s>"], (False, True)),
+        (["<s>", "A", "</s>"], (True, True)),
+    ],
+)
+def test_what_the_tokenizer_adds_around_a_text(
+    single: list[str], around: tuple[bool, bool], tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    pieces = [
+        {"Sequence": {"id": "A", "type_id": 0}}
+        if piece == "A"
+        else {"SpecialToken": {"id": piece, "type_id": 0}}
+        for piece in single
+    ]
+    template = {"type": "TemplateProcessing", "single": pieces, "pair": [], "special_tokens": {}}
+    both = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]}
+    for index, processor in enumerate((template, both)):
+        folder = changed_tokenizer(tmp_path / str(index), tokenizer_dir, post_processor=processor)
+        vocabulary = read_vocabulary(folder, CONFIG)
+        assert (vocabulary.add_bos, vocabulary.add_eos) == around
+
+
+def test_special_ids_and_template_from_elsewhere(tokenizer_dir: Path, tmp_path: Path) -> None:
+    folder = changed_tokenizer(tmp_path / "t", tokenizer_dir)
+    (folder / "chat_template.jinja").unlink()
+    templates = [{"name": "tools", "template": "no"}, {"name": "default", "template": "yes"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates, "bos_token": None}))
+    vocabulary = read_vocabulary(folder, CONFIG | {"eos_token_id": 1, "pad_token_id": 5})
+    assert (vocabulary.bos_id, vocabulary.eos_id, vocabulary.unk_id, vocabulary.pad_id) == (None, 1, None, 5)
+    assert vocabulary.chat_template == "yes"
+    with pytest.raises(ModelError, match="no end token"):
+        read_vocabulary(folder, CONFIG | {"eos_token_id": [1, 2]})
+
+
+_SPECIAL = {"SpecialToken": {"id": "<call>", "type_id": 0}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model__type": "Unigram"}, "Unigram; only byte-level BPE"),
+        ({"model__type": "WordPiece"}, "WordPiece"),
+        ({"model__byte_fallback": True}, "byte_fallback"),
+        ({"model__dropout": 0.1}, "dropout"),
+        ({"model__ignore_merges": True}, "pre_tokenizer is none"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "known are smollm, gpt-2"),
+        ({"pre_tokenizer": None}, "pre_tokenizer is none"),
+        ({"normalizer": {"type": "Lowercase"}}, "no normalizer Lowercase"),
+        ({"post_processor": {"type": "RobertaProcessing"}}, "RobertaProcessing"),
+        ({"post_processor": {"type": "TemplateProcessing", "single": [_SPECIAL]}}, "<call>"),
+        ({"model__merges": ["a b c"]}, "no pair"),
+    ],
+)
+def test_tokenizers_refused(changes: dict[str, Any], said: str, tokenizer_dir: Path, tmp_path: Path) -> None:
+    folder = changed_tokenizer(tmp_path / "t", tokenizer_dir, **changes)
+    with pytest.raises(ModelError, match=said) as error:
+        read_vocabulary(folder, CONFIG)
+    assert error.value.where == str(folder / "tokenizer.json")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no tokenizer\.json"):
+        read_vocabulary(tmp_path, CONFIG)
+
+
+# --- the tables
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_pre_tokenizers_are_known_both_ways(pre: str, tmp_path: Path) -> None:
+    """As tokenizers itself writes them, whatever it adds or leaves out."""
+    value = write_tokenizer(tmp_path, pre)
+    assert pre_tokenizer_name(value["pre_tokenizer"], value["model"]["ignore_merges"]) == pre
+    assert read_vocabulary(tmp_path, CONFIG).pre == pre
+
+
+def test_pre_tokenizers_that_cut_alike_have_one_name() -> None:
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False}
+    assert pre_tokenizer_name(bytes_) == "gpt-2"
+    assert (
+        pre_tokenizer_name({"type": "Sequence", "pretokenizers": [bytes_ | {"trim_offsets": False}]})
+        == "gpt-2"
+    )
+    assert pre_tokenizer_name(bytes_ | {"add_prefix_space": True}) is None
+    assert pre_tokenizer_json("who-knows") is None
+
+
+def test_names_of_tensors() -> None:
+    llama = FAMILIES["llama"]
+    assert gguf_name(llama, "model.layers.12.mlp.down_proj.weight") == "blk.12.ffn_down.weight"
+    assert gguf_name(llama, "lm_head.weight") == "output.weight"
+    assert gguf_name(llama, "model.layers.0.self_attn.q_norm.weight") is None
+    assert (
+        gguf_name(FAMILIES["qwen3"], "model.layers.0.self_attn.q_norm.weight") == "blk.0.attn_q_norm.weight"
+    )
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_names_are_the_ones_gguf_knows(model_type: str) -> None:
+    family = family_of({"model_type": model_type})
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
+    upstream = gguf.get_tensor_name_map(architecture, 3)
+    for inner in (*family.tensors, *family.optional):
+        name = f"model.layers.2.{inner}"
+        assert gguf_name(family, name) == upstream.get_name(name, try_suffixes=(".weight", ".bias"))
+
+
+def test_an_unknown_family_names_the_known() -> None:
+    with pytest.raises(ModelError, match="llama, mistral, qwen2, qwen3"):
+        family_of({"model_type": "rwkv"})
