@@ -121,7 +121,7 @@ class Found:
 
 def load_newest(folder: Path) -> Found:
     """The newest checkpoint that verifies; damaged ones are renamed and said. CheckpointError where all are damaged."""
-    said = []
+    said: list[str] = []
     for path in reversed(list_checkpoints(folder)):
         fault = verify_checkpoint(path)
         if fault is None:

@@ -18,32 +18,33 @@ from myna.run import write_text
 SYSTEM = "Turn the order into JSON."
 NUM_TRAIN, NUM_TEST, SEED = 400, 100, 20
 
-FIRST = (
-    "Anna Ben Clara Dmitri Elif Farah Goran Hana Ivan Julia Kofi Lena Marco Nadia Omar Priya Quentin Rosa Sven Tariq "
-    "Uma Viktor Wanda Ximena Yusuf Zoe Amir Bianca Carlos Dalia Emeka Freya Giulia Hassan Ingrid Jonas Kenji Leila"
-).split()
-LAST = (
-    "Adler Berg Costa Dahl Engel Fontaine Garcia Haddad Ivanov Jensen Kaya Lindqvist Moreau Novak Okafor Petrov Quist "
-    "Rossi Sato Tanaka Ueda Vargas Weber Xu Yilmaz Zeman Abbas Brandt Cohen Duarte Eriksen Farouk Greco Hansen"
-).split()
-ITEMS = (
-    "office chair|office chairs;desk lamp|desk lamps;water bottle|water bottles;garden hose|garden hoses;"
-    "coffee mug|coffee mugs;wool blanket|wool blankets;steel shelf|steel shelves;paint roller|paint rollers;"
-    "candle|candles;notebook|notebooks;bicycle pump|bicycle pumps;yoga mat|yoga mats;tea towel|tea towels;"
-    "cutting board|cutting boards;phone case|phone cases;wall clock|wall clocks;picture frame|picture frames;"
-    "rain jacket|rain jackets;flower pot|flower pots;door mat|door mats;lunch box|lunch boxes;ceramic bowl|ceramic bowls;"
-    "storage crate|storage crates;extension cord|extension cords;camping stove|camping stoves;hiking sock|hiking socks;"
-    "bar stool|bar stools;pillow case|pillow cases;tool belt|tool belts;whiteboard|whiteboards"
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+FIRST = _words(
+    "Anna Ben Clara Dmitri Elif Farah Goran Hana Ivan Julia Kofi Lena Marco Nadia Omar Priya Paul Rosa Sven Tariq "
+    "Uma Viktor Wanda Maya Yusuf Zoe Amir Bianca Carlos Dalia Emeka Freya Giulia Hassan Ingrid Jonas Kenji Leila"
 )
-CITIES = (
-    "Oslo Lisbon Cairo Gent Turin Kyoto Lima Nairobi Prague Quito Riga Seville Tunis Utrecht Vienna Warsaw Zagreb Athens "
-    "Bergen Cork Dakar Essen Fez Graz Hanoi Izmir Jakarta Krakow Leeds Malmo Naples Oporto Porto Split"
-).split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-NUMBER_WORDS = (
-    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+LAST = _words(
+    "Adler Berg Costa Dahl Engel Fontaine Garcia Haddad Ivanov Jensen Kaya Lindqvist Moreau Novak Okafor Petrov Nilsson "
+    "Rossi Sato Tanaka Ueda Vargas Weber Xu Yilmaz Zeman Martin Brandt Cohen Duarte Eriksen Farouk Greco Hansen"
+)
+ITEMS = _words(
+    "office_chair desk_lamp water_bottle garden_hose coffee_mug wool_blanket paint_roller candle notebook bicycle_pump "
+    "yoga_mat tea_towel cutting_board phone_case wall_clock picture_frame rain_jacket flower_pot door_mat ceramic_bowl "
+    "storage_crate extension_cord camping_stove hiking_sock bar_stool pillow_case tool_belt whiteboard oil_filter tent"
+)
+CITIES = _words(
+    "Oslo Lisbon Cairo Gent Turin Kyoto Lima Nairobi Prague Quito Riga Seville Tunis Utrecht Vienna Warsaw Zagreb "
+    "Athens Bergen Cork Dakar Essen Fez Graz Hanoi Izmir Jakarta Krakow Leeds Malmo Naples Oporto Porto Split"
+)
+DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+NUMBER_WORDS = _words(
+    "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty"
-).split()
+)
 
 # {n} quantity, {i} item, {c} customer, {p} place, {d} day. No pattern of one list is in the other.
 TRAIN_PATTERNS = (
@@ -75,13 +76,33 @@ TRAIN_PATTERNS = (
     "{c} would be happy with {n} {i} on {d}. Ship them to {p}.",
     "As agreed with {c}, {n} {i} leave for {p} on {d}.",
     "Next {d} our {p} branch expects {n} {i}. Responsible: {c}.",
+    "{p}. {c}. {n} {i}. {d}.",
+    "{d}, {p}: {n} {i} ({c})",
+    "{n} {i}. {d}. {c}. {p}.",
+    "{c} / {d} / {p} / {n} {i}",
+    "{i}, {n} of them, for {c} in {p} on {d}",
+    "{i} x {n} | {p} | {d} | {c}",
+    "item: {i}, amount: {n}, name: {c}, town: {p}, weekday: {d}",
+    "Name {c}. Product {i}. Count {n}. Day {d}. Destination {p}.",
+    "{p} is our city, {c} is our contact, and {n} {i} is what we need {d}.",
+    "The name is {c}, the day is {d}, the place is {p}, the goods are {n} {i}.",
+    "Send it to {p}, {d}. It: {n} {i}. Me: {c}.",
+    "What I need are {n} {i}, where I need them is {p}, when is {d}. {c}",
+    "Truck to {p} on {d} carries {n} {i} for {c}.",
+    "Parcel for {c}: {n} {i}, {p}, arriving {d}.",
+    "I told {c} to expect {n} {i} in {p} on {d}.",
+    "Bill {c} for the {n} {i} that went to {p} on {d}.",
+    "A call came from {p}: {n} {i} wanted, {d}, ask {c}.",
+    "Please confirm {n} {i} under the name {c} for {d}, {p} store.",
+    "Is {d} okay? {n} {i} to {p}. {c}.",
+    "Hello from {p}! We ran out of {i}; {n} more by {d} would save us. {c}",
 )
 TEST_PATTERNS = (
     "Good morning! {c} speaking, calling about {n} {i}. {d} would be perfect, we are in {p}.",
-    "Can I have {n} {i}? {p} is where I am, {d} is when I need them, {c} is the name.",
-    "{i}: {n} pieces. Who: {c}. Where: {p}. When: {d}.",
+    "Can I have {n} {i} by {d}? I live in {p} and my name is {c}.",
+    "Wanted: {i}, {n} pieces. Who: {c}. Where: {p}. When: {d}.",
     "Our buyer {c} asks whether {n} {i} could reach {p} on {d}.",
-    "If possible, drop {n} {i} at {c}'s place in {p} {d} morning.",
+    "If possible, drop {n} {i} off in {p} on {d} morning; {c} will sign.",
     "Invoice {c} for {n} {i} and have them in {p} when {d} comes.",
     "Shipment for {p} leaving {d}: {c}, {n} {i}.",
     "I promised {c} that {n} {i} would be in {p} by {d}, please make it happen.",
@@ -94,21 +115,20 @@ TEST_PATTERNS = (
 
 def make_rows(num_rows: int, patterns: Sequence[str], rng: random.Random) -> list[dict[str, str]]:
     """Prompt and completion rows; the same generator state gives the same rows, and no prompt comes twice."""
-    items = [tuple(pair.split("|")) for pair in ITEMS.split(";")]
     rows: dict[str, str] = {}
     while len(rows) < num_rows:
-        quantity = rng.choice((rng.randint(1, 20), rng.randint(2, 99), rng.randint(100, 900)))
-        words = quantity <= len(NUMBER_WORDS) and rng.random() < 0.4
-        singular, plural = rng.choice(items)
+        quantity = rng.choice((rng.randint(2, 20), rng.randint(2, 99), rng.randint(100, 900)))
+        words = quantity <= len(NUMBER_WORDS) + 1 and rng.random() < 0.4
+        item = f"{rng.choice(ITEMS).replace('_', ' ')}s"
         customer, place, day = f"{rng.choice(FIRST)} {rng.choice(LAST)}", rng.choice(CITIES), rng.choice(DAYS)
         text = rng.choice(patterns).format(
-            n=NUMBER_WORDS[quantity - 1] if words else quantity,
-            i=singular if quantity == 1 else plural,
+            n=NUMBER_WORDS[quantity - 2] if words else quantity,
+            i=item,
             c=customer,
             p=place,
             d=day,
         )
-        answer = {"customer": customer, "item": plural, "quantity": quantity, "city": place, "day": day}
+        answer = {"customer": customer, "item": item, "quantity": quantity, "city": place, "day": day}
         rows[text[0].upper() + text[1:] if rng.random() < 0.8 else text] = json.dumps(answer)
     return [{"prompt": prompt, "completion": completion} for prompt, completion in rows.items()]
 
@@ -137,7 +157,7 @@ def demo_recipe(rows_dir: Path, name: str = "demo", overrides: Sequence[str] = (
         "model": {"base": "smollm2-135m"},
         "data": {"train": str(train), "test": str(test), "system": SYSTEM},
         "adapter": {"method": "lora", "r": 16, "alpha": 16, "target_modules": "all-linear"},
-        "train": {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "save_every_steps": 20},
+        "train": {"epochs": 1, "batch_size": 8, "learning_rate": 1.5e-3, "save_every_steps": 20},
         "evaluate": {"max_rows": NUM_TEST},
         "export": {"quantize": ["Q8_0", "Q4_K_M"]},
     }

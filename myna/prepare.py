@@ -105,13 +105,18 @@ def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
     config = read_config(base.folder)
     resolved = _resolve(recipe, run, config)
     tokenizer = load_chat_tokenizer(base.folder)
+    if not tokenizer.has_own_template:
+        say(
+            "the base has no chat template: a plain one (### User / ### Assistant) is used and kept in the run"
+        )
     examples = render_rows(train, tokenizer, resolved, say)
     plan = _freeze(resolved, config, len(examples))
     inputs = _inputs(resolved, base, loaded, len(test))
     if run.exists():
         _refuse_changes(run, resolved, inputs)
         plan = FrozenPlan(**read_json(run.plan_path))
-        write_text(run.recipe_path, recipe_yaml(resolved))
+        if resolved != stored_recipe(run):
+            write_text(run.recipe_path, recipe_yaml(resolved))
     else:
         _write_run(run, resolved, base, plan, inputs, test)
     return Prepared(run, resolved, base, tokenizer, tuple(examples), tuple(test), plan)

@@ -125,12 +125,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def build_recipe(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
     """Checks a tree of settings (as loaded from YAML, or made in Python)."""
     merged: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
-    for text in overrides:
-        _apply_override(merged, text)
+    set_here = {_apply_override(merged, text): text for text in overrides}
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:
-        raise _recipe_error(error, tree, where) from None
+        raise _recipe_error(error, tree, where, set_here) from None
 
 
 def recipe_yaml(recipe: Recipe) -> str:
@@ -140,7 +139,7 @@ def recipe_yaml(recipe: Recipe) -> str:
     stream = io.StringIO()
     yaml = YAML(typ="safe")
     yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.dump(recipe.model_dump(mode="json"), stream)
     return stream.getvalue()
 
@@ -190,7 +189,8 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
             model["base"] = str((folder / Path(base).expanduser()).resolve())
 
 
-def _apply_override(tree: dict[str, Any], text: str) -> None:
+def _apply_override(tree: dict[str, Any], text: str) -> str:
+    """Puts a `key=value` into the tree; returns the key."""
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -208,21 +208,27 @@ def _apply_override(tree: dict[str, Any], text: str) -> None:
     if tuple(parts) in PATH_KEYS and isinstance(parsed, str):
         parsed = str(Path(parsed).expanduser().resolve())
     node[parts[-1]] = parsed
+    return ".".join(parts)
 
 
-def _recipe_error(error: ValidationError, tree: Mapping[str, Any], where: str) -> RecipeError:
-    faults = [_fault_line(fault, tree, where) for fault in error.errors()]
+def _recipe_error(
+    error: ValidationError, tree: Mapping[str, Any], where: str, set_here: Mapping[str, str]
+) -> RecipeError:
+    faults = [_fault_line(fault, tree, where, set_here) for fault in error.errors()]
     first, *rest = faults
     return RecipeError("\n".join([first[1], *(f"{place}: {text}" for place, text in rest)]), where=first[0])
 
 
-def _fault_line(fault: Any, tree: Mapping[str, Any], where: str) -> tuple[str, str]:
+def _fault_line(
+    fault: Any, tree: Mapping[str, Any], where: str, set_here: Mapping[str, str]
+) -> tuple[str, str]:
     """One fault of pydantic's as (file:line, sentence)."""
     path = [part for part in fault["loc"] if isinstance(part, str) and not part.startswith("list[")]
     path = [part for part in path if part not in ("str", "function-after")]
     dotted = ".".join(path)
     line = _line_of(tree, path)
     place = f"{where}:{line}" if line else where
+    place = f"--set {set_here[dotted]}" if dotted in set_here else place
     if fault["type"] == "extra_forbidden":
         return place, f"{dotted} is not a setting.{_nearest(path)}"
     if fault["type"] == "missing":
@@ -236,9 +242,12 @@ def _nearest(path: Sequence[str]) -> str:
     known = [key for key, _, _ in setting_lines()]
     blocks = list(Recipe.model_fields)
     if len(path) == 1:
+        near = difflib.get_close_matches(path[0], blocks, n=1, cutoff=0.6)
+        if near:
+            return f" Did you mean {near[0]}?"
         leaves = {key.split(".")[1]: key for key in known}
-        near = difflib.get_close_matches(path[0], [*blocks, *leaves], n=1, cutoff=0.6)
-        return f" Did you mean {leaves.get(near[0], near[0])}?" if near else f" Blocks: {', '.join(blocks)}."
+        near = difflib.get_close_matches(path[0], leaves, n=1, cutoff=0.6)
+        return f" Did you mean {leaves[near[0]]}?" if near else f" Blocks: {', '.join(blocks)}."
     near = difflib.get_close_matches(".".join(path), known, n=1, cutoff=0.6)
     if near:
         return f" Did you mean {near[0]}?"

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,13 +15,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
 import torch
 
 from myna.adapters.files import save_adapter
 from myna.adapters.methods import add_adapter, trainable_parameters
 from myna.checkpoint import collect_state, load_newest, restore_state, save_checkpoint
 from myna.data.packing import collate, num_steps_an_epoch, plan_packs
+from myna.engine.memory import give_back_memory, peak_memory_mb
 from myna.engine.optim import lr_at, make_optimizer
 from myna.engine.step import attention_for, pack_loss, prepare_model
 from myna.errors import CheckFailed, Interrupted
@@ -106,8 +105,8 @@ def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) ->
         loss_sum = 0.0
         for batch in batches:
             loss = pack_loss(model, batch, plan.path) / num_targets
-            loss.backward()  # type: ignore[no-untyped-call]
-            loss_sum += loss.item()
+            loss.backward()
+            loss_sum += loss.detach().item()
         if not math.isfinite(loss_sum):
             raise CheckFailed(
                 f"the loss of step {step} is {loss_sum}",
@@ -128,6 +127,7 @@ def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) ->
         if step % settings.save_every_steps == 0 or step == plan.num_steps or signal_number is not None:
             state = collect_state(step, parameters, optimizer, {"epoch": epoch})
             checkpoint = save_checkpoint(run.checkpoints_dir, state, settings.keep_checkpoints).name
+        give_back_memory()
         report = StepReport(
             step=step,
             num_steps=plan.num_steps,
@@ -169,16 +169,6 @@ def cut_metrics(path: Path, last_step: int) -> None:
     temporary = path.with_name(f".tmp-{path.name}")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
-
-
-def peak_memory_mb() -> float:
-    """The most memory this process ever held, in MB (10⁶ bytes); the present one where the OS does not say."""
-    if sys.platform == "win32":
-        return float(psutil.Process().memory_info().peak_wset) / 1e6
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 @contextlib.contextmanager

@@ -185,6 +185,14 @@ def test_no_text_of_a_run_becomes_markup(run_dir: Path) -> None:
     assert page.words.count("<img src=http://x.example/a onerror=alert(1)>&amp;") > 30
 
 
+def test_the_rounding_of_a_merged_model_in_few_bits_is_told(run_dir: Path) -> None:
+    assert "Writing it in" not in read(run_dir).words
+    found = parity()
+    found["merged"] |= {"dtype": "bf16", "dtype_relative": 2.5e-3, "dtype_max_abs": 0.1}
+    (run_dir / "parity.json").write_text(json.dumps(found))
+    assert "Writing it in bf16 moves the logits by 2.5\u00a0×\u00a010⁻³ more." in read(run_dir).words
+
+
 @pytest.mark.parametrize(
     ("missing", "word"),
     [

@@ -43,7 +43,6 @@ def add_adapter(model: Any, settings: AdapterSettings, *, seed: int, base_name: 
         lora_dropout=settings.dropout,
         target_modules=targets if isinstance(targets, str) else sorted(set(targets)),
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base_name,
         **METHODS[settings.method].config,
     )
     torch.manual_seed(seed)

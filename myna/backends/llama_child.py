@@ -1,6 +1,6 @@
 """The child process that llama.cpp lives in: an assertion inside it ends this process, never Myna's.
 
-Started as `python -m myna.backends.llama_child` by `llama_cpp.start_child`. The first line of standard input is one
+Started by its path by `llama_cpp.start_child`; it imports nothing of Myna's. The first line of standard input is one
 JSON object (model, address, key, …). It answers one JSON line {"address": …} on standard output and then serves until
 standard input closes, which it does when the parent ends, however it ends.
 """

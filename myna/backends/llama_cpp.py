@@ -125,7 +125,7 @@ def start_child(
     }
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "myna.backends.llama_child"],
+            [sys.executable, "-P", str(Path(__file__).with_name("llama_child.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -194,6 +194,8 @@ class LlamaCppBackend:
         return self._children[purpose]
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[GeneratedToken]:
+        for prompt in prompts:
+            self._require_fits(len(prompt))
         child = self._child("generate")
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in range(len(prompts)):
@@ -233,6 +235,7 @@ class LlamaCppBackend:
             stop.set()
 
     def score(self, token_ids: Sequence[int]) -> Float32:
+        self._require_fits(len(token_ids) - 1)
         hidden_Td = self._hidden(token_ids)
         logits_TV = hidden_Td @ self._head_Vd.T
         logits_TV -= logits_TV.max(axis=1, keepdims=True)
@@ -249,6 +252,14 @@ class LlamaCppBackend:
         for child in self._children.values():
             child.stop()
         self._children.clear()
+
+    def _require_fits(self, num_tokens: int) -> None:
+        if num_tokens >= self.context:
+            raise ModelError(
+                f"a prompt of {num_tokens} tokens does not fit into a context of {self.context}",
+                where=self.name,
+                help="a shorter conversation: /reset in the chat",
+            )
 
     def _hidden(self, token_ids: Sequence[int]) -> Float32:
         answer = self._child("score").post("/embedding", {"content": list(token_ids), "embd_normalize": -1})

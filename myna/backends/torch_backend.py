@@ -84,18 +84,18 @@ def _generate_batch(
                 logits_to_keep=1,
             ).logits[:, -1]
         next_ids = torch.zeros(len(active), 1, dtype=torch.long)
-        for number, row in enumerate(active):
-            if row is None:
+        for number, answer in enumerate(active):
+            if answer is None:
                 continue
-            token = choose_token(logits_BV[number].float().cpu(), row.ids, sampling, row.generator)
+            token = choose_token(logits_BV[number].float().cpu(), answer.ids, sampling, answer.generator)
             if token in sampling.stop_ids:
                 active[number] = None
                 continue
-            row.ids.append(token)
-            row.num_new += 1
+            answer.ids.append(token)
+            answer.num_new += 1
             next_ids[number] = token
-            yield GeneratedToken(row.index, token)
-            if row.num_new >= sampling.max_tokens:
+            yield GeneratedToken(answer.index, token)
+            if answer.num_new >= sampling.max_tokens:
                 active[number] = None
         kept = [number for number, row in enumerate(active) if row is not None]
         if not kept:

@@ -58,6 +58,11 @@ class ChatTokenizer:
     def _template(self) -> Any:
         return compile_template(self.template_text)
 
+    @property
+    def has_own_template(self) -> bool:
+        """False where the base brought none and PLAIN_TEMPLATE stands in."""
+        return self.template_text != PLAIN_TEMPLATE
+
     @cached_property
     def special_ids(self) -> frozenset[int]:
         added = self.tokenizer.get_added_tokens_decoder()

@@ -88,11 +88,11 @@ def packed_attention(
     query_THD, key_TKD, value_TKD = (_with_padding(x) for x in (query_1HTD, key_1KTD, value_1KTD))
     outputs = []
     for group in pack_layout.groups:
-        block = [_as_block(x, group) for x in (query_THD, key_TKD, value_TKD)]
+        query, key, value = (_as_block(x, group) for x in (query_THD, key_TKD, value_TKD))
         window = sliding_window if sliding_window and sliding_window < group.longest else None
         mask_LL = None if window is None else _window_mask(group.longest, window, query_THD.device)
         out_GHLD = F.scaled_dot_product_attention(
-            *block, attn_mask=mask_LL, is_causal=mask_LL is None, scale=scaling, enable_gqa=True
+            query, key, value, attn_mask=mask_LL, is_causal=mask_LL is None, scale=scaling, enable_gqa=True
         )
         flat = out_GHLD.transpose(1, 2).reshape(group.num_documents * group.longest, *out_GHLD.shape[1::2])
         outputs.append(flat.index_select(0, group.keep_N))

@@ -44,6 +44,9 @@ def _merged_words(found: Entry) -> Html:
                 f" the largest difference of one logit, max |Δ|, is {power(merged['max_abs'])}."
             )
         )
+    if merged and merged.get("dtype", "fp32") != "fp32":
+        rounding = power(merged["dtype_relative"])
+        parts.append(text(f" Writing it in {merged['dtype']} moves the logits by {rounding} more."))
     if "tokens_equal" in found:
         same = "the same" if found["tokens_equal"] else "different"
         parts.append(text(f" The tokenizer and the file turn conversations into {same} token ids."))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from myna.data.conversation import Conversation
 from myna.data.render import Example, load_chat_tokenizer, render_example
 from myna.errors import CheckFailed
 from myna.export.card import model_card
-from myna.export.parity import choose_rows, compare_files, first_token_difference
+from myna.export.parity import FileParity, choose_rows, compare_files, first_token_difference
 from myna.export.quantize import quant_type
 from myna.model.sources import resolve_base
 from myna.prepare import held_out, stored_recipe
@@ -143,7 +143,7 @@ def _prove(run: Run, written: Mapping[str, dict[str, Any]], show: Show) -> dict[
     """Measures files against merged, writes parity.json, and returns file type → why for those that fail."""
     rows = _parity_rows(run, stored_recipe(run))
     measured, difference = _measure(run, list(written), rows, show)
-    failed = {t: "the tokens differ: " + difference for t in written} if difference else {}
+    failed = dict.fromkeys(written, "the tokens differ: " + difference) if difference else {}
     for file_type, parity in measured.items():
         show.say(
             f"{file_type} = merged: mean KL {parity.mean_kl:.4f}, same top token {parity.same_top:.1%} "

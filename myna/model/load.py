@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import struct
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # peft asks transformers for an attribute by its old name
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -60,47 +63,61 @@ def load_base(folder: Path, dtype: str, *, attention: str = "sdpa", device: str 
 def dequantize_gguf(gguf_path: Path, folder: Path) -> None:
     """Writes a .gguf file's model, in float32, and its tokenizer into `folder`, as transformers reads them.
 
-    transformers gives every BPE tokenizer the same splitting of text before merging; the file names its own
-    (`tokenizer.ggml.pre`), and that one is written. Raises ModelError for files it cannot read.
+    Raises ModelError for files it cannot read.
     """
     quiet_libraries()
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
 
-    try:
-        with warnings.catch_warnings(), _no_progress():
-            warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf_path.parent,
-                gguf_file=gguf_path.name,
-                dtype=torch.float32,
-                quantization_config=GgufConfig(dequantize=True),
-            )
-            tokenizer = AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
-        raise ModelError(
-            f"cannot be read as a base model: {_first_line(error)}", where=str(gguf_path)
-        ) from error
+    with _reading_gguf(gguf_path):
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf_path.parent,
+            gguf_file=gguf_path.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config._name_or_path = gguf_path.stem
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    _write_pre_tokenizer(gguf_path, folder)
+    del model
+    write_gguf_tokenizer(gguf_path, folder)
 
 
-def _write_pre_tokenizer(gguf_path: Path, folder: Path) -> None:
+def write_gguf_tokenizer(gguf_path: Path, folder: Path) -> None:
+    """Writes the tokenizer inside a .gguf file into `folder`, with its chat template.
+
+    transformers gives every BPE tokenizer the same splitting of text before merging; the file names its own
+    (`tokenizer.ggml.pre`), and that one is written.
+    """
+    quiet_libraries()
     from gguf import GGUFReader
+    from transformers import AutoTokenizer
 
-    from myna.model.families import pre_tokenizer_json
+    from myna.model.families import PRE_TOKENIZERS, pre_tokenizer_json
 
-    field = GGUFReader(gguf_path).get_field("tokenizer.ggml.pre")
-    wanted = pre_tokenizer_json(str(field.contents())) if field else None
-    if wanted is None:
+    with _reading_gguf(gguf_path):
+        tokenizer = AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
+        tokenizer.save_pretrained(folder)
+        field = GGUFReader(gguf_path).get_field("tokenizer.ggml.pre")
+    pre = str(field.contents()) if field else ""
+    if pre not in PRE_TOKENIZERS:
         return
     path = folder / "tokenizer.json"
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    tokenizer["pre_tokenizer"] = wanted
-    path.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["pre_tokenizer"] = pre_tokenizer_json(pre)
+    settings["model"]["ignore_merges"] = PRE_TOKENIZERS[pre].ignores_merges
+    path.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _reading_gguf(path: Path) -> Iterator[None]:
+    """Quiet, and with whatever a broken file makes the readers raise told as a ModelError."""
+    try:
+        with warnings.catch_warnings(), _no_progress():
+            warnings.simplefilter("ignore")
+            yield
+    except (ValueError, KeyError, OSError, RuntimeError, IndexError, struct.error) as error:
+        raise ModelError(f"cannot be read: {_first_line(error)}", where=str(path)) from error
 
 
 @contextlib.contextmanager
@@ -109,11 +126,11 @@ def _no_progress() -> Iterator[None]:
     from tqdm import tqdm
 
     before = tqdm.__init__
-    tqdm.__init__ = functools.partialmethod(before, disable=True)  # type: ignore[method-assign,assignment]
+    tqdm.__init__ = functools.partialmethod(before, disable=True)
     try:
         yield
     finally:
-        tqdm.__init__ = before  # type: ignore[method-assign]
+        tqdm.__init__ = before
 
 
 def _first_line(error: BaseException) -> str:

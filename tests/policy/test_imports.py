@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-from source_tree import NAMES, SOURCES, Source, imported_modules
+from source_tree import NAMES, ROOT, SOURCES, Source, imported_modules
 
 # From left to right. A module stands at the longest name here that it belongs to.
 DIRECTION = (
@@ -11,6 +10,7 @@ DIRECTION = (
     "data.conversation",
     "recipe",
     "run",
+    "show",
     "data",
     "model",
     "adapters",
@@ -18,6 +18,7 @@ DIRECTION = (
     "checkpoint",
     "plan",
     "prepare",
+    "preview",
     "train",
     "backends",
     "export",
@@ -27,13 +28,16 @@ DIRECTION = (
     "ship",
     "sweep",
     "cluster",
+    "talk",
     "chat",
     "studio",
     "demo",
     "doctor",
+    "chat_command",
+    "terminal",
     "cli",
 )
-FREE_OF_TORCH = ("errors", "data", "recipe", "run")
+FREE_OF_TORCH = ("errors", "data", "recipe", "run", "show")
 
 
 def station(name: str) -> str | None:
@@ -111,9 +115,15 @@ def test_no_torch_left_of_packing() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("data.conversation", 1), ("data.render", 4), ("data", 4), ("engine.lora", 7), ("", -1)],
-)
-def test_the_place_of_a_module(name: str, expected: int) -> None:
-    assert place(name) == expected
+def test_the_line_is_told_as_it_is() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    told = " ".join(line.removeprefix("> ") for line in page.splitlines() if line.startswith("> "))
+    assert told.replace("/", ".").split(" → ") == list(DIRECTION)
+
+
+def test_the_place_of_a_module() -> None:
+    order = ["", "errors", "data.conversation", "recipe", "data", "data.render", "engine.lora", "cli"]
+    places = [place(name) for name in order]
+    assert places == sorted(places)
+    assert place("data") == place("data.render") == place("data.conversation_of_another_name")
+    assert station("no_such_module") is None

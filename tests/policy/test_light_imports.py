@@ -10,11 +10,13 @@ import pytest
 from source_tree import NAMES, ROOT
 
 HEAVY = ("torch", "transformers", "peft", "pyarrow", "gguf", "xllamacpp", "accelerate", "huggingface_hub")
+# Left of `model`, and what a light command imports.
+LIGHT_TREES = ("", "errors", "recipe", "run", "show", "data")
+LIGHT_MODULES = ("chat", "chat_command", "doctor", "evaluate.report", "evaluate.scorers", "talk", "terminal")
 LIGHT = sorted(
     name
     for name in NAMES
-    if name.split(".")[0] in ("", "errors", "recipe", "run", "data", "evaluate", "chat", "doctor")
-    and name != "data.packing"
+    if (name.split(".")[0] in LIGHT_TREES or name in LIGHT_MODULES) and name != "data.packing"
 )
 
 

@@ -67,6 +67,7 @@ def fault_of(command: Any, words: list[str]) -> str | None:
 
 def whole_command() -> Any:
     import typer.main
+
     from myna.cli import app
 
     return typer.main.get_command(app)

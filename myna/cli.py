@@ -1,0 +1,322 @@
+"""The command line: parse, call one function, print, exit. Heavy packages are imported where they are needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+import myna
+from myna.chat_command import chat
+from myna.engine.threads import PASSIVE_WAIT
+from myna.errors import Interrupted, MynaError, UsageError
+from myna.show import Show
+from myna.terminal import outcome_table, print_error, print_outcome, terminal_show
+
+app = typer.Typer(
+    help="Teach a small language model your task, prove that it learned, and get the file that runs it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Look at rows before anything is trained.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+# click's own error for a wrong command line; typer brings click along under another name in newer versions
+_ClickError: Any = typer.BadParameter.__mro__[2]
+assert _ClickError.__name__ == "ClickException"
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe.yaml")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run directory, or a name under ./runs")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a setting of the recipe")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on where this run stopped")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"myna {myna.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Read by typer for the options of `myna` itself."""
+
+
+@app.command()
+def demo(
+    name: Annotated[str, typer.Option(help="the run's name")] = "demo",
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """The whole way on the packaged model and generated rows; again: goes on, or shows the finished table."""
+    from myna.demo import demo_recipe
+    from myna.run import RUNS_DIR, Run
+
+    recipe = demo_recipe(RUNS_DIR / "demo-rows", name, overrides or [])
+    finished = Run(RUNS_DIR / name).exists() and Run(RUNS_DIR / name).stage("evaluate") is not None
+    _run_recipe(recipe, resume=True, as_json=as_json)
+    if finished and not as_json:
+        print(
+            f"\nThis run was finished before. To start afresh: rm -r {RUNS_DIR / name}, or myna demo --name again"
+        )
+
+
+@app.command()
+def run(
+    recipe: RecipePath, overrides: Overrides = None, resume: Resume = False, as_json: AsJson = False
+) -> None:
+    """train → merge → export → evaluate (base, tuned, each file) → report, for your own rows."""
+    from myna.recipe import load_recipe
+
+    _run_recipe(load_recipe(recipe, overrides or []), resume=resume, as_json=as_json)
+
+
+@app.command()
+def train(
+    recipe: RecipePath, overrides: Overrides = None, resume: Resume = False, as_json: AsJson = False
+) -> None:
+    """Train the adapter of a recipe."""
+    from myna.pipeline import train_stage
+    from myna.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+
+    def work(show: Show) -> Mapping[str, Any]:
+        made = train_stage(loaded, resume=resume, show=show)
+        return {"run": str(made.path), "adapter": str(made.adapter_dir), **(made.stage("train") or {})}
+
+    _stage(work, as_json, lambda result: f"adapter  {result['adapter']}")
+
+
+@app.command()
+def merge(run: RunName, as_json: AsJson = False) -> None:
+    """Base + adapter → merged/, shown to be the same."""
+    from myna.export.stage import merge_stage
+    from myna.run import find_run, read_json
+
+    found = find_run(run)
+
+    def work(show: Show) -> Mapping[str, Any]:
+        merge_stage(found, show=show)
+        merged = read_json(found.parity_path)["merged"]
+        return {"run": str(found.path), "merged": str(found.merged_dir), "parity": merged}
+
+    _stage(work, as_json, lambda result: f"merged   {result['merged']}")
+
+
+@app.command()
+def export(
+    run: RunName,
+    quantize: Annotated[
+        str | None, typer.Option(metavar="TYPES", help="Q4_K_M,Q8_0,… ; default: the recipe's")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """merged/ → GGUF files, each measured against merged before it gets its name."""
+    from myna.export.stage import export_stage, merge_stage
+    from myna.prepare import stored_recipe
+    from myna.run import find_run, read_json
+
+    found = find_run(run)
+    wanted = (
+        [part.strip() for part in quantize.split(",")] if quantize else stored_recipe(found).export.quantize
+    )
+
+    def work(show: Show) -> Mapping[str, Any]:
+        merge_stage(found, show=show)
+        files = export_stage(found, wanted, show=show)
+        paths = {file_type: str(found.path / entry["path"]) for file_type, entry in files.items()}
+        return {"run": str(found.path), "files": paths, "parity": read_json(found.parity_path)}
+
+    _stage(work, as_json, lambda result: "\n".join(f"file     {path}" for path in result["files"].values()))
+
+
+@app.command()
+def evaluate(
+    run: RunName,
+    again: Annotated[bool, typer.Option("--again", help="answer every row again")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Base, tuned and every exported file on the same held-out rows; writes evaluation.json and report.html."""
+    from myna.evaluate.stage import evaluate_stage
+    from myna.export.stage import merge_stage
+    from myna.pipeline import outcome
+    from myna.run import find_run
+
+    found = find_run(run)
+
+    def work(show: Show) -> Mapping[str, Any]:
+        merge_stage(found, show=show)
+        evaluate_stage(found, show=show, again=again)
+        return outcome(found)
+
+    _stage(work, as_json, outcome_table)
+
+
+@app.command()
+def init(
+    rows: Annotated[Path, typer.Argument(metavar="FILE", help="your rows: .jsonl .json .csv .tsv .parquet")],
+    yes: Annotated[bool, typer.Option("--yes", help="replace a recipe.yaml that is here")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Look at a data file and write a commented recipe.yaml here."""
+    from myna.pipeline import init_recipe
+
+    path, said = init_recipe(rows, Path("recipe.yaml"), overwrite=yes)
+    if as_json:
+        _print_json({"recipe": str(path), "said": said})
+        return
+    print(
+        "\n".join(
+            [*said, f"wrote {path}; `myna run {path}` does the rest, `myna data show {path}` shows rows"]
+        )
+    )
+
+
+app.command()(chat)
+
+
+@data_app.command("show")
+def data_show(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(help="how many rows", min=1)] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Rendered rows with the trained tokens coloured: exactly what the model will see."""
+    from myna.preview import preview_rows
+    from myna.recipe import load_recipe
+
+    shown = preview_rows(load_recipe(recipe, overrides or []), rows, _console(stderr=True).print)
+    if as_json:
+        _print_json({"rows": [row.as_json() for row in shown]})
+        return
+    console = _console()
+    for row in shown:
+        console.print(row.as_text(), soft_wrap=True)
+        console.print(f"[dim]{row.num_tokens} tokens, {row.num_targets} trained, from {row.place}[/dim]\n")
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Versions, cores and what they can do, free memory and disk, extras and how to get them."""
+    from myna.doctor import as_lines, examine
+
+    report = examine()
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        console = _console()
+        colours = {"ok": "green", "warn": "yellow", "missing": "red"}
+        for status, text, cure in as_lines(report):
+            console.print(f"[{colours[status]}]{status:<8}[/]{escape(text)}", highlight=False)
+            if cure:
+                console.print(f"        [dim]{escape(cure)}[/dim]", highlight=False)
+    if report.problems:
+        raise typer.Exit(4)
+
+
+def _run_recipe(recipe: Any, *, resume: bool, as_json: bool) -> None:
+    from myna.pipeline import run_recipe
+    from myna.run import read_json
+
+    with terminal_show(_console(stderr=True)) as show:
+        result = run_recipe(recipe, resume=resume, show=show)
+    if as_json:
+        _print_json(result)
+        return
+    evaluation = Path(result["run"]) / "evaluation.json"
+    examples = read_json(evaluation)["examples"] if evaluation.is_file() else []
+    print_outcome(_console(), result, examples)
+
+
+def _stage(work: Callable[[Show], Mapping[str, Any]], as_json: bool, line: Callable[[Any], Any]) -> None:
+    """Runs one stage with its progress on standard error, then prints its result."""
+    with terminal_show(_console(stderr=True)) as show:
+        result = work(show)
+    if as_json:
+        _print_json(result)
+    else:
+        _console().print(line(result), highlight=False)
+
+
+def _console(*, stderr: bool = False) -> Console:
+    return Console(stderr=stderr, soft_wrap=not sys.stdout.isatty())
+
+
+def _print_json(value: Mapping[str, Any]) -> None:
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def _terminate(number: int, _: FrameType | None) -> None:
+    raise Interrupted("stopped", signal_number=number, help="the same command with --resume goes on")
+
+
+def main() -> None:
+    """Sets up what must stand before torch is loaded, runs the command, and turns failures into exit codes."""
+    os.environ.update({**PASSIVE_WAIT, **os.environ})  # what the user set stays
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _terminate)
+    sys.exit(exit_code(sys.argv[1:]))
+
+
+def exit_code(arguments: list[str]) -> int:
+    """Runs one command line; what `myna ARGUMENTS` would end with."""
+    as_json = "--json" in arguments
+    try:
+        result = app(args=arguments, prog_name="myna", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except Interrupted as error:
+        _tell(error, as_json)
+        return 128 + error.signal_number
+    except MynaError as error:
+        _tell(error, as_json)
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        _tell(Interrupted("stopped", signal_number=signal.SIGINT), as_json)
+        return 128 + signal.SIGINT
+    except typer.Exit as error:
+        return error.exit_code
+    except _ClickError as error:
+        context = getattr(error, "ctx", None)
+        cure = f"{context.command_path} --help" if context else "myna --help"
+        _tell(UsageError(error.format_message(), help=cure), as_json)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has gone; nothing is left to say
+        return 0
+    except Exception as error:
+        traceback.print_exc()
+        if as_json:
+            _print_json({"error": {"code": "bug", "message": repr(error), "where": None, "help": None}})
+        return 1
+
+
+def _tell(error: MynaError, as_json: bool) -> None:
+    if as_json:
+        _print_json({"error": error.as_json()})
+    else:
+        print_error(_console(stderr=True), error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,314 @@
+"""What this machine has and what it can do: data for `myna doctor`. Nothing heavy is imported to find out."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import Distribution, PackageNotFoundError, distribution, version
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import myna
+from myna.engine.threads import usable_cores
+from myna.model.sources import PACKAGED, cache_dir, packaged_gguf_path
+
+Status = Literal["ok", "warn", "missing"]
+
+# Where Myna is run from its sources there is no list of requirements to read: these are what nothing works without.
+CORE: Final = ("torch", "transformers", "peft", "tokenizers", "safetensors", "gguf", "xllamacpp")
+# What `myna demo` takes on the packaged base, rounded up: the largest process, the cache, the run.
+DEMO_MEMORY: Final = 2_500_000_000
+DEMO_CACHE: Final = 1_000_000_000
+DEMO_RUN: Final = 1_500_000_000
+ABILITIES: Final = {
+    "avx2": ("avx2",),
+    "avx512": ("avx512f",),
+    "avx512_bf16": ("avx512_bf16",),
+    "avx512_vnni": ("avx512_vnni", "avx_vnni"),
+    "amx": ("amx_tile",),
+    "neon": ("asimd",),
+    "arm_bf16": ("bf16",),
+    "arm_i8mm": ("i8mm",),
+    "sve": ("sve",),
+}
+SETTINGS: Final = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "MYNA_CACHE", "HF_HOME", "HF_HUB_OFFLINE")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. `value` is the bare fact, for programs; `cure` says what to do where it is not ok."""
+
+    name: str
+    status: Status
+    text: str
+    value: Any = None
+    cure: str | None = None
+    is_core: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """All findings in the order they are shown."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def problems(self) -> tuple[Finding, ...]:
+        """Core packages that are not there: nothing works without them, `myna doctor` exits 4."""
+        return tuple(f for f in self.findings if f.is_core and f.status == "missing")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "ok": not self.problems,
+            "problems": [finding.name for finding in self.problems],
+            "findings": {finding.name: _without_name(finding) for finding in self.findings},
+        }
+
+
+def examine() -> Report:
+    """Looks at everything; takes well under a second, and a few where a GPU's driver answers slowly."""
+    return Report(
+        (
+            *_software(),
+            _system(),
+            *_cores(),
+            _memory(),
+            *_disks(),
+            *_bases(),
+            *_gpus(),
+            *_settings(),
+            *_extras(),
+        )
+    )
+
+
+def as_lines(report: Report) -> list[tuple[Status, str, str | None]]:
+    """(status, text, cure) of each finding. Texts are plain: escape them before any markup."""
+    return [(finding.status, finding.text, finding.cure) for finding in report.findings]
+
+
+# Software
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """One line of Requires-Dist: a name, the versions it allows (PEP 440), and the extra it belongs to."""
+
+    name: str
+    specifier: str
+    extra: str | None
+
+    def __str__(self) -> str:
+        return f"{self.name}{self.specifier}"
+
+
+def read_requirement(line: str) -> Requirement | None:
+    """A Requires-Dist line; None where its marker says that it is not for this Python or this system."""
+    from packaging.requirements import Requirement as Parsed
+
+    parsed = Parsed(line)
+    named = re.search(r"""extra\s*==\s*["']([^"']+)["']""", str(parsed.marker or ""))
+    extra = named[1] if named else None
+    if parsed.marker and not parsed.marker.evaluate({"extra": extra or ""}):
+        return None
+    return Requirement(parsed.name, str(parsed.specifier), extra)
+
+
+def _software() -> Iterator[Finding]:
+    python = platform.python_version()
+    yield Finding("python", "ok", f"Python {python} at {sys.executable}", python)
+    yield Finding("myna", "ok", f"myna {myna.__version__}", myna.__version__)
+    installed = _distribution()
+    requirements = _requirements(installed, None) if installed else [Requirement(n, "", None) for n in CORE]
+    first = {name: place for place, name in enumerate(CORE)}
+    for requirement in sorted(requirements, key=lambda r: first.get(r.name, len(first))):
+        yield check_package(requirement)
+
+
+def check_package(requirement: Requirement) -> Finding:
+    """Whether a package is there in a version that is allowed, by its metadata alone."""
+    name, cure = f"package:{requirement.name}", f'pip install "{requirement}"'
+    try:
+        found = version(requirement.name)
+    except PackageNotFoundError:
+        return Finding(name, "missing", f"{requirement.name} is not installed", None, cure, is_core=True)
+    if not _allows(requirement.specifier, found):
+        text = f"{requirement.name} {found} is not what Myna is tried with ({requirement.specifier})"
+        return Finding(name, "warn", text, found, cure, is_core=True)
+    return Finding(name, "ok", f"{requirement.name} {found}", found, is_core=True)
+
+
+def _allows(specifier: str, found: str) -> bool:
+    if not specifier:
+        return True
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(specifier).contains(found, prereleases=True)
+
+
+def _distribution() -> Distribution | None:
+    """Myna's own metadata; None where it is run from its sources, or where what reads it is not installed."""
+    try:
+        version("packaging")
+        return distribution("myna")
+    except PackageNotFoundError:
+        return None
+
+
+def _requirements(installed: Distribution, extra: str | None) -> list[Requirement]:
+    found = (read_requirement(line) for line in installed.requires or ())
+    return [requirement for requirement in found if requirement and requirement.extra == extra]
+
+
+def _extras() -> Iterator[Finding]:
+    """Each extra that the installed Myna offers; read from its metadata, so that the list cannot go stale."""
+    installed = _distribution()
+    if installed is None:
+        text = "requirements and extras are not known: myna runs from its sources, or packaging is missing"
+        yield Finding("extras", "warn", text, None, "pip install packaging -e .")
+        return
+    for extra in installed.metadata.get_all("Provides-Extra") or ():
+        packages = [check_package(r) for r in _requirements(installed, extra)]
+        lacking = [package.text for package in packages if package.status != "ok"]
+        if lacking:
+            cure = f'pip install "myna[{extra}]"'
+            yield Finding(f"extra:{extra}", "missing", f"extra {extra}: {'; '.join(lacking)}", False, cure)
+        else:
+            held = ", ".join(package.text for package in packages) or "it needs nothing more"
+            yield Finding(f"extra:{extra}", "ok", f"extra {extra}: {held}", True)
+
+
+# Hardware
+
+
+def _system() -> Finding:
+    libc = " ".join(part for part in platform.libc_ver() if part)
+    text = f"{platform.system()} {platform.release()}, {platform.machine()}{', ' + libc if libc else ''}"
+    return Finding("system", "ok", text, {"platform": platform.platform(), "libc": libc or None})
+
+
+def _cores() -> Iterator[Finding]:
+    import psutil
+
+    usable, present = usable_cores(), psutil.cpu_count() or 0
+    text = f"{usable} of {present} cores may be used" if usable < present else f"{usable} cores"
+    value = {"usable": usable, "present": present, "physical": psutil.cpu_count(logical=False)}
+    yield Finding("cores", "ok", text, value)
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        yield Finding("abilities", "ok", "what the cores can do is not told by this system")
+        return
+    yield check_abilities(info.read_text(encoding="utf-8", errors="replace"))
+
+
+def check_abilities(cpuinfo: str) -> Finding:
+    """What /proc/cpuinfo (Linux) says the cores can do, by the names of `ABILITIES`."""
+    lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
+    flags = set(lines[0].split()) if lines else set()
+    found = [name for name, any_of in ABILITIES.items() if flags & {*any_of}]
+    if "avx2" not in found and "neon" not in found:
+        cure = "a machine with AVX2 (x86 since 2013) or NEON trains and answers several times faster"
+        return Finding("abilities", "warn", "the cores have neither AVX2 nor NEON", found, cure)
+    fast = {"avx512_bf16", "amx", "arm_bf16"} & {*found}
+    text = f"{', '.join(found)}; bf16 is {'faster' if fast else 'no faster'} than fp32"
+    return Finding("abilities", "ok", text, found)
+
+
+def _memory() -> Finding:
+    import psutil
+
+    free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
+    limit = _container_room()
+    if limit is not None:
+        free, total = min(free, limit[0]), min(total, limit[1])
+    text = f"memory: {_gigabytes(free)} of {_gigabytes(total)} free"
+    return _room_finding(
+        "memory", text, free, DEMO_MEMORY, "close what uses memory, or lower train.pack_tokens"
+    )
+
+
+def _container_room() -> tuple[int, int] | None:
+    """(free, limit) in bytes where a container (Linux cgroup v2) has a limit of its own."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+    except OSError:
+        return None
+    return None if limit == "max" else (max(0, int(limit) - used), int(limit))
+
+
+def _disks() -> Iterator[Finding]:
+    """Room where runs are written (here) and in the cache, each with what the demo takes of it."""
+    cure = "free some room there, or run in a folder on another disk"
+    yield check_disk("disk:here", Path.cwd(), DEMO_RUN, cure)
+    yield check_disk("disk:cache", cache_dir(), DEMO_CACHE, "free some room there, or set MYNA_CACHE")
+
+
+def check_disk(name: str, folder: Path, needed: int, cure: str) -> Finding:
+    """Free room of the disk that holds `folder`, which need not be there yet, and whether it may be written."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        return Finding(name, "warn", f"{there} may not be written", 0, cure)
+    free = shutil.disk_usage(there).free
+    return _room_finding(name, f"disk of {folder}: {_gigabytes(free)} free", free, needed, cure)
+
+
+def _room_finding(name: str, text: str, free: int, needed: int, cure: str) -> Finding:
+    if free >= needed:
+        return Finding(name, "ok", text, free)
+    return Finding(name, "warn", f"{text}; `myna demo` takes {_gigabytes(needed)}", free, cure)
+
+
+def _gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB"
+
+
+def _bases() -> Iterator[Finding]:
+    for name, packaged in PACKAGED.items():
+        path = packaged_gguf_path(name)
+        if path.is_file() and path.stat().st_size == packaged.gguf_bytes:
+            yield Finding(f"base:{name}", "ok", f"{name}: in the cache, works offline", str(path))
+        else:
+            size = f"{packaged.gguf_bytes / 1e6:.0f} MB"
+            text, cure = f"{name}: not in the cache yet", f"`myna demo` fetches it once ({size})"
+            yield Finding(f"base:{name}", "missing", text, None, cure)
+
+
+def _gpus() -> Iterator[Finding]:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        yield Finding("gpu", "ok", "no NVIDIA GPU: everything runs on the CPU", [])
+        return
+    query = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (subprocess.SubprocessError, OSError) as error:
+        yield Finding("gpu", "warn", f"nvidia-smi does not answer: {error}", [], "look at the driver")
+        return
+    found = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    yield Finding("gpu", "ok", f"GPU: {'; '.join(found) or 'none'}", found)
+
+
+def _settings() -> Iterator[Finding]:
+    """Variables that change what Myna does."""
+    given = {name: os.environ[name] for name in SETTINGS if name in os.environ}
+    text = ", ".join(f"{name}={value}" for name, value in given.items()) or "none is set"
+    yield Finding("settings", "ok", f"environment: {text}", given)
+    if given.get("OMP_WAIT_POLICY", "").lower() == "active":
+        text = "OMP_WAIT_POLICY=ACTIVE: one busy neighbour makes a step several times slower"
+        yield Finding("settings:wait", "warn", text, None, "unset OMP_WAIT_POLICY")
+    threads = given.get("OMP_NUM_THREADS", "")
+    if threads.isdigit() and int(threads) > usable_cores():
+        text = f"OMP_NUM_THREADS={threads} is more than the {usable_cores()} cores that may be used"
+        yield Finding("settings:threads", "warn", text, None, "unset OMP_NUM_THREADS")
+
+
+def _without_name(finding: Finding) -> dict[str, Any]:
+    return {key: value for key, value in asdict(finding).items() if key not in ("name", "is_core")}

@@ -1,0 +1,117 @@
+"""What a person sees: stages with progress bars on a terminal, plain lines elsewhere, one table at the end."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from myna.errors import MynaError
+from myna.show import Show
+
+
+@contextlib.contextmanager
+def terminal_show(console: Console) -> Iterator[Show]:
+    """A Show that writes to a console: bars where it is a terminal, a line a stage where it is not."""
+    bar = Progress(
+        TextColumn("  {task.description}"),
+        BarColumn(bar_width=28),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.fields[facts]}"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def update(label: str, done: int, total: int, facts: str = "") -> None:
+        if label not in tasks:
+            tasks[label] = bar.add_task(label, total=total, facts=facts)
+        bar.update(tasks[label], completed=done, facts=facts)
+        if done >= total:
+            bar.update(tasks[label], visible=False)
+
+    def step(report: Any) -> None:
+        facts = f"loss {report.loss:.3f} · {report.tokens_per_s:.0f} tokens/s"
+        update("training, step", report.step, report.num_steps, facts)
+        if not console.is_terminal and (report.checkpoint or report.step == 1):
+            console.print(f"  step {report.step}/{report.num_steps} · {facts}", highlight=False)
+
+    with bar:
+        yield Show(
+            say=lambda text: console.print(f"  {text}", highlight=False, markup=False),
+            stage=lambda name: console.print(f"[bold]{name}[/bold]"),
+            step=step,
+            progress=update,
+        )
+
+
+def outcome_table(outcome: Mapping[str, Any]) -> Table:
+    """base · tuned · each file: exact match with its 95 % interval, field F1, size, speed."""
+    has_fields = any(result["field_f1"] is not None for result in outcome["evaluation"].values())
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for name in ("exact match", "95 % interval", "field F1" if has_fields else "token F1", "MB", "tokens/s"):
+        table.add_column(name, justify="right")
+    for name, result in outcome["evaluation"].items():
+        low, high = result["interval"]
+        f1 = result["field_f1"] if has_fields else result["token_f1"]
+        table.add_row(
+            name,
+            f"{result['exact_match']:.1%}",
+            f"{low:.1%} – {high:.1%}",
+            "" if f1 is None else f"{f1:.3f}",
+            f"{result['mb']:,.0f}",
+            f"{result['tokens_per_s']:.0f}",
+        )
+    return table
+
+
+def print_outcome(console: Console, outcome: Mapping[str, Any], examples: list[Mapping[str, str]]) -> None:
+    """The end of `run` and `demo`: three answers before and after, the table, parity, where everything lies."""
+    for example in examples:
+        console.print(f"\n[bold]›[/bold] {_plain(example['prompt'])}", highlight=False)
+        for name in ("base", "tuned"):
+            if name in example:
+                console.print(f"  [dim]{name:<6}[/dim] {_plain(_shortened(example[name]))}", highlight=False)
+    if outcome["evaluation"]:
+        num_rows = next(iter(outcome["evaluation"].values()))["num_rows"]
+        console.print(f"\n[bold]On {num_rows} held-out rows[/bold]")
+        console.print(outcome_table(outcome))
+    for name, parity in outcome["parity"].items():
+        if isinstance(parity, Mapping) and "mean_kl" in parity:
+            console.print(
+                f"{name} = merged: mean KL {parity['mean_kl']:.4f}, same top token {parity['same_top']:.1%}",
+                highlight=False,
+            )
+    seconds = outcome["seconds"]
+    console.print(
+        f"\nrun      {outcome['run']}  ({seconds['total']:.0f} s, of it {seconds['train']:.0f} s training)"
+    )
+    console.print(f"report   {outcome['files']['report']}", highlight=False)
+    ggufs = [path for path in outcome["files"].values() if path.endswith(".gguf")]
+    for path in ggufs:
+        console.print(f"file     {path}", highlight=False)
+    console.print(f"chat     [bold]myna chat {outcome['run']}[/bold]", highlight=False)
+
+
+def print_error(console: Console, error: MynaError) -> None:
+    place = f"[bold]{_plain(error.where)}[/bold]: " if error.where else ""
+    console.print(f"[red]error[/red]: {place}{_plain(error.message)}", highlight=False)
+    if error.help:
+        console.print(f"  [dim]help:[/dim] {_plain(error.help)}", highlight=False)
+
+
+def _plain(text: str) -> str:
+    return escape(text)
+
+
+def _shortened(text: str, longest: int = 160) -> str:
+    line = " ⏎ ".join(part for part in text.strip().splitlines() if part.strip())
+    return line if len(line) <= longest else line[: longest - 1] + "…"

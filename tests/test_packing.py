@@ -1,0 +1,40 @@
+"""Which rows make a step, and what a pack looks like as tensors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from myna.data.packing import collate, num_steps_an_epoch, plan_packs
+from myna.data.render import IGNORE, Example
+
+
+@pytest.mark.parametrize(("num_rows", "batch_size", "pack_tokens"), [(1, 8, 10), (23, 4, 30), (64, 8, 1)])
+def test_an_epoch_has_every_row_once(num_rows: int, batch_size: int, pack_tokens: int) -> None:
+    lengths = [1 + (7 * row) % 19 for row in range(num_rows)]
+    steps = plan_packs(lengths, seed=3, epoch=0, batch_size=batch_size, pack_tokens=pack_tokens)
+    assert sorted(row for step in steps for pack in step for row in pack) == list(range(num_rows))
+    assert len(steps) == num_steps_an_epoch(num_rows, batch_size)
+    assert all(sum(len(pack) for pack in step) == batch_size for step in steps[:-1])
+    for step in steps:
+        for pack in step:
+            assert len(pack) == 1 or sum(lengths[row] for row in pack) <= pack_tokens
+
+
+def test_the_plan_is_a_pure_function() -> None:
+    plan = [plan_packs([5] * 40, seed=1, epoch=e, batch_size=4, pack_tokens=99) for e in (0, 0, 1)]
+    assert plan[0] == plan[1] != plan[2]
+    other = plan_packs([5] * 40, seed=2, epoch=0, batch_size=4, pack_tokens=99)
+    assert other != plan[0]
+
+
+def test_a_batch_literally() -> None:
+    first = Example(np.array([5, 6, 7]), np.array([IGNORE, 6, 7]))
+    second = Example(np.array([8, 9]), np.array([8, 9]))  # the first token of a document is never a target
+    batch = collate([first, second])
+    assert batch.input_ids_T.tolist() == [5, 6, 7, 8, 9]
+    assert batch.position_ids_T.tolist() == [0, 1, 2, 0, 1]
+    assert batch.target_index_N.tolist() == [0, 1, 3]
+    assert batch.targets_N.tolist() == [6, 7, 9]
+    assert (batch.starts, batch.lengths) == ((0, 3), (3, 2))
+    assert len(batch.targets_N) == first.num_targets + second.num_targets

@@ -1,0 +1,101 @@
+"""The recipe: unknown keys, lines, nearest names, overrides, and defaults that are written out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from myna.errors import RecipeError, UsageError
+from myna.recipe import Recipe, build_recipe, load_recipe, recipe_yaml, setting_lines
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_misspelt_setting_names_its_line_and_the_nearest(tmp_path: Path) -> None:
+    path = write(tmp_path, "data: {train: a.jsonl}\ntrain:\n  epochs: 1\n  learning_rat: 2e-4\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert str(caught.value) == (
+        "recipe.yaml:4: train.learning_rat is not a setting. Did you mean train.learning_rate?"
+    )
+    assert caught.value.exit_code == 2
+
+
+def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, "data: {}\ntrain:\n  epochs: 0\n  seed: x\nadapter: {rank: 4}\ntrian: {epochs: 1}\n"
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    text = str(caught.value)
+    assert "recipe.yaml:1: data.train is missing" in text
+    assert "recipe.yaml:3: train.epochs: input should be greater than or equal to 1 (it is 0)" in text
+    assert "recipe.yaml:4: train.seed" in text
+    assert "recipe.yaml:5: adapter.rank is not a setting." in text
+    assert "recipe.yaml:6: trian is not a setting. Did you mean train?" in text
+
+
+def test_yaml_is_version_1_2(tmp_path: Path) -> None:
+    path = write(tmp_path, "data: {train: a.jsonl, system: no}\ntrain: {learning_rate: 2e-4}\n")
+    recipe = load_recipe(path)
+    assert recipe.train.learning_rate == 2e-4
+    assert recipe.data.system == "no"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("data: {train: a\n", "recipe.yaml:2"), ("- a\n", "recipe.yaml:1"), ("a: 1\na: 2\n", "recipe.yaml:2")],
+)
+def test_what_is_no_recipe_names_its_line(tmp_path: Path, text: str, line: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(tmp_path, text))
+    assert caught.value.where == line
+
+
+def test_a_missing_recipe_names_the_nearest_file(tmp_path: Path) -> None:
+    write(tmp_path, "data: {train: a.jsonl}")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "recip.yaml")
+    assert "recipe.yaml" in (caught.value.help or "")
+
+
+def test_paths_count_from_the_recipe_and_overrides_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "deep"
+    folder.mkdir()
+    path = write(folder, "data: {train: a.jsonl}\nmodel: {base: ./base}\n")
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(path)
+    assert recipe.data.train == str(folder / "a.jsonl")
+    assert recipe.model.base == str(folder / "base")
+    assert load_recipe(path, ["data.train=b.jsonl"]).data.train == str(tmp_path / "b.jsonl")
+
+
+def test_overrides_are_typed_and_checked_like_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "data: {train: a.jsonl}\n")
+    recipe = load_recipe(path, ["train.learning_rate=1e-4", "export.quantize=[Q8_0]", "adapter.r=8"])
+    assert (recipe.train.learning_rate, recipe.export.quantize, recipe.adapter.r) == (1e-4, ["Q8_0"], 8)
+    with pytest.raises(RecipeError, match=r"--set.*train.epoch is not a setting.*train.epochs"):
+        load_recipe(path, ["train.epoch=2"])
+    for wrong in ("train.epochs", "=3", "train..epochs=1"):
+        with pytest.raises(UsageError):
+            load_recipe(path, [wrong])
+
+
+def test_the_resolved_recipe_reads_back_equal(tmp_path: Path) -> None:
+    tree = {"data": {"train": "/x/a.jsonl", "system": "no: 'q'\n»", "columns": {"prompt": "frage"}}}
+    recipe = build_recipe(tree, ["train.learning_rate=3e-4"])
+    assert load_recipe(write(tmp_path, recipe_yaml(recipe))) == recipe
+
+
+def test_every_setting_has_a_description() -> None:
+    lines = list(setting_lines())
+    assert len(lines) == len({key for key, _, _ in lines})
+    assert all(description for _, _, description in lines)
+    assert {key.split(".")[0] for key, _, _ in lines} == set(Recipe.model_fields)
