@@ -45,34 +45,20 @@ def shown(tokenizer: ChatTokenizer, conversation: Conversation) -> tuple[list[st
 
 def test_literal_tokens_and_literal_labels(tokenizer: ChatTokenizer) -> None:
     texts, trained = shown(tokenizer, talk("a1", "b2"))
-    assert (
-        texts
-        == (
-            [
-                "<|im_start|>",
-                "u",
-                "s",
-                "er",
-                "\n",
-                "a",
-                "1",
-                "<|im_end|>",
-                "\n",
-                "<|im_start|>",
-                "as",
-                "s",
-                "is",
-                "t",
-                "an",
-                "t",
-                "\n",
-                "b",
-                "2",
-                "<|im_end|>",
-            ]
-        )
-        or "".join(texts) == "<|im_start|>user\na1<|im_end|>\n<|im_start|>assistant\nb2<|im_end|>"
-    )
+    prompt = [
+        "<|im_start|>",
+        *"user",
+        "\n",
+        "a",
+        "1",
+        "<|im_end|>",
+        "\n",
+        "<|im_start|>",
+        *"assist",
+        "ant",
+        "\n",
+    ]
+    assert texts == [*prompt, "b", "2", "<|im_end|>"]
     assert trained == ["b", "2", "<|im_end|>"]
     ids, labels = render_pieces(talk("a1", "b2"), tokenizer)
     assert labels.tolist() == [IGNORE] * (len(ids) - 3) + ids.tolist()[-3:]

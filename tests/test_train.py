@@ -115,11 +115,17 @@ def _losses(run: Run) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines]
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
-)
+STOPS = [
+    (signal.SIGTERM, 143),
+    (signal.SIGKILL, -9),
+    pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("number", "code"), STOPS)
 def test_a_process_that_is_stopped_goes_on(recipe: Recipe, tmp_path: Path, number: int, code: int) -> None:
-    arguments = ["train", "recipe.yaml", "--set", "train.epochs=8", "--set", "train.save_every_steps=2"]
+    arguments = ["train", "recipe.yaml", "--set", "train.epochs=4", "--set", "train.save_every_steps=2"]
     command = [sys.executable, "-m", "myna.cli", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
@@ -129,7 +135,7 @@ def test_a_process_that_is_stopped_goes_on(recipe: Recipe, tmp_path: Path, numbe
             time.sleep(0.02)
         process.send_signal(number)
         assert process.wait(timeout=30) == code
-    longer = changed(recipe, "train", epochs=8, save_every_steps=2)
+    longer = changed(recipe, "train", epochs=4, save_every_steps=2)
     run = train_stage(longer, resume=True)
     straight = train_stage(named(longer, "straight"))
     assert adapter_bytes(run) == adapter_bytes(straight)
