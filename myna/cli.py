@@ -18,7 +18,7 @@ from rich.markup import escape
 
 import myna
 from myna.chat_command import chat
-from myna.engine.threads import PASSIVE_WAIT
+from myna.engine.threads import BRIEF_SPIN
 from myna.errors import Interrupted, MynaError, UsageError
 from myna.show import Show
 from myna.terminal import outcome_table, print_error, print_outcome, terminal_show
@@ -272,7 +272,7 @@ def _terminate(number: int, _: FrameType | None) -> None:
 
 def main() -> None:
     """Sets up what must stand before torch is loaded, runs the command, and turns failures into exit codes."""
-    os.environ.update({**PASSIVE_WAIT, **os.environ})  # what the user set stays
+    os.environ.update({**BRIEF_SPIN, **os.environ})  # what the user set stays
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _terminate)

@@ -5,7 +5,6 @@ recipe ─ train ─► adapter/ ─ merge ─► merged/ ─ export ─► gguf
 
 from __future__ import annotations
 
-import gc
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from myna.data.rows import load_conversations
+from myna.engine.memory import forget_models
 from myna.errors import Interrupted, UsageError
 from myna.evaluate.stage import evaluate_stage
 from myna.export.quantize import quant_type
@@ -83,7 +83,7 @@ def train_stage(recipe: Recipe, *, resume: bool = False, show: Show | None = Non
                 where=str(run.path),
                 help="the same command with --resume goes on",
             )
-    gc.collect()
+    forget_models()
     return run
 
 

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -122,12 +122,8 @@ def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) ->
         optimizer.zero_grad()
         signal_number = stop_asked()
         seconds = time.perf_counter() - started
-        tokens = sum(sum(batch.lengths) for batch in batches)
-        checkpoint = None
-        if step % settings.save_every_steps == 0 or step == plan.num_steps or signal_number is not None:
-            state = collect_state(step, parameters, optimizer, {"epoch": epoch})
-            checkpoint = save_checkpoint(run.checkpoints_dir, state, settings.keep_checkpoints).name
         give_back_memory()
+        tokens = sum(sum(batch.lengths) for batch in batches)
         report = StepReport(
             step=step,
             num_steps=plan.num_steps,
@@ -139,14 +135,18 @@ def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) ->
             grad_norm=grad_norm,
             seconds=seconds,
             peak_mb=peak_memory_mb(),
-            checkpoint=checkpoint,
         )
+        # before the checkpoint: a line too many is cut on resume, a line that was never written stays missing
         with run.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(report.metrics()) + "\n")
+        if step % settings.save_every_steps == 0 or step == plan.num_steps or signal_number is not None:
+            state = collect_state(step, parameters, optimizer, {"epoch": epoch})
+            saved = save_checkpoint(run.checkpoints_dir, state, settings.keep_checkpoints)
+            report = replace(report, checkpoint=saved.name)
         yield report
         if signal_number is not None and step < plan.num_steps:
             raise Interrupted(
-                f"stopped after step {step} of {plan.num_steps}; {checkpoint} is saved",
+                f"stopped after step {step} of {plan.num_steps}; {report.checkpoint} is saved",
                 signal_number=signal_number,
                 where=str(run.path),
                 help="the same command with --resume goes on",

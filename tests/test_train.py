@@ -141,6 +141,26 @@ def test_a_process_that_is_stopped_goes_on(recipe: Recipe, tmp_path: Path, numbe
     assert adapter_bytes(run) == adapter_bytes(straight)
 
 
+def test_no_step_is_missing_from_the_metrics_after_a_kill_in_a_save(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process dies right after the checkpoint has its name, before anything else is done."""
+    import myna.train as training
+
+    honest = training.save_checkpoint
+
+    def dies(*arguments: object) -> None:
+        honest(*arguments)  # type: ignore[arg-type]
+        raise SystemExit
+
+    run = run_of(recipe)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(training, "save_checkpoint", dies)
+        list(train(prepare(recipe, run, print), print))
+    train_stage(recipe, resume=True)
+    assert [step for step, _ in _losses(run)] == list(range(1, 10))
+
+
 def test_a_run_that_exists_is_not_overwritten(recipe: Recipe, tmp_path: Path) -> None:
     run = train_stage(recipe)
     before = adapter_bytes(run)

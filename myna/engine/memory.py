@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import sys
 from collections.abc import Callable
 
@@ -29,6 +30,12 @@ def give_back_memory() -> None:
     trim = _malloc_trim()
     if trim is not None:
         trim(0)
+
+
+def forget_models() -> None:
+    """Between stages: what is no longer referred to is collected, and its memory goes back to the OS."""
+    gc.collect()
+    give_back_memory()
 
 
 @functools.cache

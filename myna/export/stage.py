@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from myna.backends.llama_cpp import LlamaCppBackend
 from myna.data.conversation import Conversation
 from myna.data.render import Example, load_chat_tokenizer, render_example
+from myna.engine.memory import forget_models
 from myna.errors import CheckFailed
 from myna.export.card import model_card
 from myna.export.parity import FileParity, choose_rows, compare_files, first_token_difference
@@ -55,7 +55,7 @@ def merge_stage(run: Run, *, show: Show | None = None, again: bool = False) -> d
         f"merged = base + adapter: max |Δ logit| {merged.max_abs:.1e}, relative {merged.relative:.1e} "
         f"over {merged.num_tokens:,} tokens"
     )
-    gc.collect()
+    forget_models()
     return entry
 
 
@@ -143,6 +143,7 @@ def _prove(run: Run, written: Mapping[str, dict[str, Any]], show: Show) -> dict[
     """Measures files against merged, writes parity.json, and returns file type → why for those that fail."""
     rows = _parity_rows(run, stored_recipe(run))
     measured, difference = _measure(run, list(written), rows, show)
+    forget_models()
     failed = dict.fromkeys(written, "the tokens differ: " + difference) if difference else {}
     for file_type, parity in measured.items():
         show.say(
