@@ -13,6 +13,7 @@ from myna.engine.attention import plan_layout
 from myna.engine.lora import _LoraLinear
 from myna.engine.loss import target_loss
 from myna.engine.optim import default_learning_rate, lr_at
+from myna.engine.step import round_up
 from myna.engine.threads import usable_cores
 from myna.recipe import TrainSettings
 
@@ -52,6 +53,16 @@ def test_the_layout_puts_every_token_back() -> None:
     assert gathered[layout.restore_T].tolist() == list(range(93))
     padded = sum(g.num_documents * g.longest for g in layout.groups)
     assert padded <= 1.25 * sum(lengths)  # one long document does not make the short ones long
+
+
+def test_rounding_up_adds_a_document_that_changes_nothing() -> None:
+    ids = torch.arange(5)
+    batch = Batch(ids, ids, torch.tensor([1]), torch.tensor([7]), (0, 3), (3, 2))
+    rounded = round_up(batch, 4)
+    assert rounded.input_ids_T.tolist() == [0, 1, 2, 3, 4, 0, 0, 0]
+    assert (rounded.starts, rounded.lengths) == ((0, 3, 5), (3, 2, 3))
+    assert rounded.target_index_N is batch.target_index_N
+    assert round_up(batch, 5) is batch
 
 
 def test_the_learning_rate_is_a_pure_function_of_the_step() -> None:

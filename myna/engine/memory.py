@@ -24,8 +24,7 @@ def peak_memory_mb() -> float:
 def give_back_memory() -> None:
     """Returns freed memory to the OS (glibc's malloc_trim; elsewhere nothing).
 
-    Packs differ in length from step to step, so what one step frees seldom fits the next: without this a training
-    process grew from 1.5 to 2.6 GB in 50 steps, with it it stayed at 1.8. It costs about a twentieth of a step.
+    Packs differ from step to step, so what one step frees does not always fit the next.
     """
     trim = _malloc_trim()
     if trim is not None:

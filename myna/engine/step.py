@@ -8,6 +8,7 @@ reference   the plain padded forward [D, L] of transformers and peft, full logit
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,10 @@ PathName = Literal["fast", "reference"]
 
 # transformers' model types whose forward the packed path equals; a contract test runs over them
 FAST_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+# oneDNN makes and keeps a kernel for every shape it meets, so each new length of a pack would cost time and memory
+ROUND_TOKENS = 64
 
 
 def choose_path(config: Any, adapter: AdapterSettings) -> tuple[PathName, str]:
@@ -61,7 +66,24 @@ def pack_loss(model: Any, batch: Batch, path: PathName) -> torch.Tensor:
     return _fast_loss(model, batch) if path == "fast" else _reference_loss(model, batch)
 
 
+def round_up(batch: Batch, multiple: int = ROUND_TOKENS) -> Batch:
+    """The batch with a last document of token 0 that no loss looks at, so that T is a multiple of `multiple`."""
+    num_tokens = len(batch.input_ids_T)
+    missing = -num_tokens % multiple
+    if not missing:
+        return batch
+    filler = torch.zeros(missing, dtype=batch.input_ids_T.dtype)
+    return replace(
+        batch,
+        input_ids_T=torch.cat([batch.input_ids_T, filler]),
+        position_ids_T=torch.cat([batch.position_ids_T, torch.arange(missing)]),
+        starts=(*batch.starts, num_tokens),
+        lengths=(*batch.lengths, missing),
+    )
+
+
 def _fast_loss(model: Any, batch: Batch) -> torch.Tensor:
+    batch = round_up(batch)
     causal_lm = model.get_base_model()
     head_Vd = causal_lm.get_output_embeddings().weight
     device = head_Vd.device
