@@ -73,7 +73,7 @@ def _open_run(run: Run, say: Say, file_type: str | None) -> Iterator[TextModel]:
 
 
 def _chosen_file(run: Run, recipe: Recipe, file_type: str | None) -> Path | None:
-    files = run_files(run)
+    files = {t: entry for t, entry in run_files(run).items() if (run.path / entry["path"]).is_file()}
     if file_type is not None and file_type not in files:
         raise UsageError(
             f"--file {file_type} is not exported; there are: {', '.join(files) or 'none'}",
