@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -104,7 +105,8 @@ def _talk(
             )
         if text is None:
             if sys.stdin.isatty():
-                import readline  # noqa: F401 - line editing and history for input()
+                with contextlib.suppress(ImportError):  # Windows has none
+                    import readline  # noqa: F401 - line editing and history for input()
             chatting.chat_loop(
                 model,
                 console=Console(stderr=as_json),

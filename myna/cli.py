@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -132,8 +133,8 @@ def export(
 ) -> None:
     """merged/ → GGUF files, each measured against merged before it gets its name."""
     from myna.export.stage import export_stage, merge_stage
-    from myna.prepare import stored_recipe
     from myna.run import find_run, read_json
+    from myna.stored import stored_recipe
 
     found = find_run(run)
     wanted = (
@@ -259,7 +260,10 @@ def _stage(work: Callable[[Show], Mapping[str, Any]], as_json: bool, line: Calla
 
 
 def _console(*, stderr: bool = False) -> Console:
-    return Console(stderr=stderr, soft_wrap=not sys.stdout.isatty())
+    console = Console(stderr=stderr, soft_wrap=not sys.stdout.isatty())
+    if stderr:  # nobody reads the progress any more: the work goes on all the same
+        console.on_broken_pipe = lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # type: ignore[method-assign,assignment]
+    return console
 
 
 def _print_json(value: Mapping[str, Any]) -> None:
@@ -272,10 +276,14 @@ def _terminate(number: int, _: FrameType | None) -> None:
 
 def main() -> None:
     """Sets up what must stand before torch is loaded, runs the command, and turns failures into exit codes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")
     os.environ.update({**BRIEF_SPIN, **os.environ})  # what the user set stays
     for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _terminate)
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _terminate)
     sys.exit(exit_code(sys.argv[1:]))
 
 
@@ -284,6 +292,8 @@ def exit_code(arguments: list[str]) -> int:
     as_json = "--json" in arguments
     try:
         result = app(args=arguments, prog_name="myna", standalone_mode=False)
+        if result == 128 + signal.SIGINT:  # typer makes an exit code of Ctrl-C, without a word
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except Interrupted as error:
         _tell(error, as_json)
@@ -292,7 +302,12 @@ def exit_code(arguments: list[str]) -> int:
         _tell(error, as_json)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        _tell(Interrupted("stopped", signal_number=signal.SIGINT), as_json)
+        _tell(
+            Interrupted(
+                "stopped", signal_number=signal.SIGINT, help="the same command with --resume goes on"
+            ),
+            as_json,
+        )
         return 128 + signal.SIGINT
     except typer.Exit as error:
         return error.exit_code

@@ -6,6 +6,7 @@ recipe ─ train ─► adapter/ ─ merge ─► merged/ ─ export ─► gguf
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,14 +15,16 @@ from typing import Any
 
 from myna.data.rows import load_conversations
 from myna.engine.memory import forget_models
-from myna.errors import Interrupted, UsageError
+from myna.errors import Interrupted, MynaError, UsageError
+from myna.evaluate.run_files import read_metrics
 from myna.evaluate.stage import evaluate_stage
 from myna.export.quantize import quant_type
 from myna.export.stage import export_stage, merge_stage
-from myna.prepare import prepare, refuse_existing, run_of, stored_recipe
+from myna.prepare import prepare
 from myna.recipe import Recipe, setting_lines
 from myna.run import Run, file_sha256, lock_run, read_json, run_files, write_text
 from myna.show import Show
+from myna.stored import refuse_existing, run_of, stored_recipe
 
 
 def run_recipe(recipe: Recipe, *, resume: bool = False, show: Show | None = None) -> dict[str, Any]:
@@ -44,11 +47,14 @@ def train_stage(recipe: Recipe, *, resume: bool = False, show: Show | None = Non
     for file_type in recipe.export.quantize:
         quant_type(file_type)
     run = run_of(recipe)
-    if not resume:
+    if not (resume and run.exists()):
         refuse_existing(run)
     started = time.perf_counter()
     show.stage("train")
     with lock_run(run) if run.exists() else _locked_when_made(run):
+        if run.exists() and run.stage("train") and not Path(recipe.data.train).is_file():
+            show.say("the adapter is trained already (its rows are no longer where they were)")
+            return run
         prepared = prepare(recipe, run, show.say)
         if run.stage("train"):
             show.say("the adapter is trained already")
@@ -58,11 +64,9 @@ def train_stage(recipe: Recipe, *, resume: bool = False, show: Show | None = Non
         show.say(
             f"{plan.num_steps} steps in {plan.dtype} on {plan.device} with {plan.threads} threads ({fast})"
         )
-        tokens = targets = 0
         with catch_signals() as stop_asked:
             for report in train(prepared, show.say, stop_asked):
                 show.step(report)
-                tokens, targets = tokens + report.tokens, targets + report.target_tokens
             number = stop_asked()
         seconds = time.perf_counter() - started
         run.finish_stage(
@@ -70,8 +74,7 @@ def train_stage(recipe: Recipe, *, resume: bool = False, show: Show | None = Non
             {
                 "seconds": round(seconds, 1),
                 "steps": plan.num_steps,
-                "tokens": tokens,
-                "target_tokens": targets,
+                "target_tokens": sum(line["target_tokens"] for line in read_metrics(run.metrics_path)),
                 "trainable_parameters": _num_parameters(run),
                 "adapter_sha256": file_sha256(run.adapter_dir / "adapter_model.safetensors"),
             },
@@ -95,14 +98,16 @@ def outcome(run: Run) -> dict[str, Any]:
     parity = read_json(run.parity_path) if run.parity_path.is_file() else {}
     keys = ("exact_match", "interval", "field_f1", "token_f1", "mb", "tokens_per_s", "num_rows")
     files = {t: str(run.path / entry["path"]) for t, entry in run_files(run).items()}
+    measured = {t: parity.get("files", {})[t] for t in files}
+    proven = "merged" in parity and all(entry["verdict"] == "pass" for entry in measured.values())
     return {
         "run": str(run.path),
         "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
         "evaluation": {name: {key: result[key] for key in keys} for name, result in results.items()},
         "parity": {
-            "verdict": parity.get("verdict"),
+            "verdict": ("pass" if proven else "fail") if parity else None,
             "merged": parity.get("merged"),
-            **parity.get("files", {}),
+            **measured,
         },
         "files": {
             "adapter": str(run.adapter_dir),
@@ -116,14 +121,18 @@ def outcome(run: Run) -> dict[str, Any]:
 @contextmanager
 def _locked_when_made(run: Run) -> Iterator[None]:
     """Locks a run that is about to be made; where nothing came of it, the empty folder goes again."""
-    try:
-        with lock_run(run):
+    with lock_run(run):
+        try:
             yield
-    except BaseException:
-        if not run.exists() and {p.name for p in run.path.glob("*")} <= {".lock"}:
-            (run.path / ".lock").unlink(missing_ok=True)
-            run.path.rmdir()
-        raise
+        except BaseException as error:
+            # a new run that was refused before it began would only stand in the way of the corrected one
+            refused = isinstance(error, MynaError) and not isinstance(error, Interrupted)
+            if refused and not run.metrics_path.exists():
+                shutil.rmtree(run.path, ignore_errors=True)
+            elif not run.exists() and {p.name for p in run.path.glob("*")} <= {".lock"}:
+                (run.path / ".lock").unlink(missing_ok=True)
+                run.path.rmdir()
+            raise
 
 
 def _num_parameters(run: Run) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,19 +19,18 @@ from myna.data.split import drop_overlap, split_rows
 from myna.engine.optim import default_learning_rate
 from myna.engine.step import PathName, choose_path
 from myna.engine.threads import fast_in_bfloat16, usable_cores
-from myna.errors import DataError, RecipeError, UsageError
+from myna.errors import DataError, RecipeError
 from myna.model.load import read_config
-from myna.model.sources import BaseFiles, resolve_base
-from myna.recipe import Recipe, load_recipe, recipe_yaml
-from myna.run import Run, read_json, run_path, timestamp, write_json, write_text
-
-Say = Callable[[str], None]
+from myna.model.sources import PACKAGED, BaseFiles, Say, resolve_base
+from myna.recipe import Recipe, recipe_yaml
+from myna.run import Run, read_json, timestamp, write_json, write_text
+from myna.stored import stored_recipe
 
 DEFAULT_MAX_LENGTH = 2048
 DEFAULT_PACK_TOKENS = 1024  # on a CPU a larger pack is no faster and takes about 1.5 MB more a token
 ALLOWED_CUT = 0.01  # the part of the rows that may be cut without being asked for
 # Settings that a resumed run may change: they do not touch what is trained.
-FREE_SETTINGS = ("evaluate.", "export.", "train.save_every_steps", "train.keep_checkpoints")
+FREE_SETTINGS = ("evaluate.", "export.quantize", "train.save_every_steps", "train.keep_checkpoints")
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "gguf", "xllamacpp", "numpy")
 
 
@@ -62,39 +61,6 @@ class Prepared:
     plan: FrozenPlan
 
 
-def run_of(recipe: Recipe) -> Run:
-    """The run a recipe names: run.name, else the stem of its training file, under ./runs."""
-    name = recipe.run.name or Path(recipe.data.train).name.partition(".")[0]
-    if not name:
-        raise RecipeError("run.name is missing and data.train gives none", help="--set run.name=NAME")
-    return Run(run_path(name))
-
-
-def stored_recipe(run: Run) -> Recipe:
-    """The resolved recipe that a run was made from."""
-    return load_recipe(run.recipe_path)
-
-
-def refuse_existing(run: Run) -> None:
-    """UsageError with the two cures where the run exists, or where its folder holds something else."""
-    if run.exists():
-        raise UsageError(
-            f"the run {run.name} exists",
-            where=str(run.path),
-            help="--resume goes on with it; --set run.name=NAME starts another",
-            code="run-exists",
-        )
-    ours = {".lock", "recipe.yaml", "plan.json", "tokenizer", "rows"}
-    others = [p.name for p in run.path.glob("*") if p.name not in ours and not p.name.startswith(".tmp-")]
-    if others:
-        raise UsageError(
-            f"the folder is no run and is not empty ({', '.join(sorted(others)[:3])})",
-            where=str(run.path),
-            help="--set run.name=NAME names another",
-            code="run-exists",
-        )
-
-
 def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
     """Makes a new run, or reads an existing one back and refuses one whose inputs changed.
 
@@ -104,12 +70,14 @@ def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
     base = resolve_base(recipe.model.base, say)
     config = read_config(base.folder)
     resolved = _resolve(recipe, run, config)
-    tokenizer = load_chat_tokenizer(base.folder)
+    # a run keeps the tokenizer and template that it began with
+    tokenizer = load_chat_tokenizer(run.tokenizer_dir if run.exists() else base.folder)
     if not tokenizer.has_own_template:
         say(
             "the base has no chat template: a plain one (### User / ### Assistant) is used and kept in the run"
         )
     examples = render_rows(train, tokenizer, resolved, say)
+    test = _short_enough(test, tokenizer, resolved, say)
     plan = _freeze(resolved, config, len(examples))
     inputs = _inputs(resolved, base, loaded, len(test))
     if run.exists():
@@ -120,15 +88,6 @@ def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
     else:
         _write_run(run, resolved, base, plan, inputs, test)
     return Prepared(run, resolved, base, tokenizer, tuple(examples), tuple(test), plan)
-
-
-def held_out(run: Run) -> tuple[Conversation, ...]:
-    """The run's held-out rows, with its system text where they have none."""
-    from myna.data.rows import load_conversations as load
-
-    if not run.test_path.is_file():
-        return ()
-    return load(run.test_path, format_name="messages").conversations
 
 
 def render_rows(
@@ -163,6 +122,17 @@ def render_rows(
         f"{num_cut} cut, {num_dropped} wholly masked and left out"
     )
     return examples
+
+
+def _short_enough(
+    rows: Sequence[Conversation], tokenizer: ChatTokenizer, recipe: Recipe, say: Say
+) -> list[Conversation]:
+    """Held-out rows that fit into data.max_length, which no runtime has to cut; how many do not is said."""
+    assert recipe.data.max_length is not None
+    kept = [row for row in rows if not render_example(row, tokenizer, recipe.data.max_length).num_cut]
+    if len(kept) < len(rows):
+        say(f"{len(rows) - len(kept)} held-out rows are longer than data.max_length and left out")
+    return kept
 
 
 def _read_rows(
@@ -219,9 +189,8 @@ def _resolve(recipe: Recipe, run: Run, config: Any) -> Recipe:
     train = recipe.train.model_copy(update={"learning_rate": rate, "pack_tokens": packs})
     names = recipe.run.model_copy(update={"name": run.name})
     base = recipe.model.base
-    model = recipe.model.model_copy(
-        update={"base": str(Path(base).resolve()) if Path(base).exists() else base}
-    )
+    is_path = base not in PACKAGED and not base.startswith("hf:") and Path(base).exists()
+    model = recipe.model.model_copy(update={"base": str(Path(base).resolve()) if is_path else base})
     return recipe.model_copy(update={"run": names, "data": data, "train": train, "model": model})
 
 

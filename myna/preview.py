@@ -56,8 +56,7 @@ def preview_rows(recipe: Recipe, num_rows: int, say: Callable[[str], None]) -> l
     loaded = load_conversations(
         Path(data.train), format_name=data.format, columns=data.columns, max_rows=num_rows
     )
-    for sentence in loaded.said:
-        say(sentence)
+    say(f"{Path(data.train).name}: {loaded.format_name}, the first {loaded.num_rows} rows")
     tokenizer = load_chat_tokenizer(resolve_base(recipe.model.base, say).folder)
     shown = []
     for conversation in loaded.conversations:

@@ -78,7 +78,7 @@ class TrainSettings(Section):
     save_every_steps: Annotated[int, Field(ge=1)] = Field(25, description="steps between checkpoints")
     keep_checkpoints: Annotated[int, Field(ge=1)] = Field(3, description="the newest n stay")
     pack_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="tokens computed at once; default: 2048, decided in plan.json"
+        None, description="tokens computed at once; default: 1024"
     )
     seed: Annotated[int, Field(ge=0)] = Field(42, description="of order, split and adapter")
 
@@ -86,7 +86,7 @@ class TrainSettings(Section):
 class EvaluateSettings(Section):
     max_rows: Annotated[int, Field(ge=1)] = Field(200, description="held-out rows that are answered")
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="longest answer; default: the longest expected one and a quarter more"
+        None, description="longest answer; default: the longest expected one and a quarter more, at most 512"
     )
 
 
@@ -155,6 +155,12 @@ def setting_lines() -> Iterator[tuple[str, str, str]]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise RecipeError("is a folder; a recipe is a file", where=str(path))
+    if path.suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
+        raise RecipeError(
+            "is a file of rows, no recipe", where=str(path), help=f"myna init {path} writes its recipe"
+        )
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
         cure = f"did you mean {path.parent / near[0]}?" if near else "`myna init ROWS.jsonl` writes one"

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -125,6 +126,10 @@ def run_files(run: Run) -> dict[str, Any]:
 
 def run_path(name: str) -> Path:
     """Where a run of this name lies: ./runs/NAME, or the path itself where the name is one."""
+    if ".." in Path(name).parts:
+        raise UsageError(
+            f"{name}: a run.name has no .. in it", help="--set run.name=NAME, or a path without .."
+        )
     return Path(name) if os.sep in name or "/" in name else RUNS_DIR / name
 
 
@@ -175,9 +180,8 @@ def new_directory(path: Path) -> Iterator[Path]:
     A folder that was there is replaced. On any failure nothing stands under the name that was not there before.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{path.name}-", dir=path.parent))
+    temporary.chmod(0o755)
     try:
         yield temporary
         for file in sorted(temporary.rglob("*")):
@@ -194,7 +198,10 @@ def new_directory(path: Path) -> Iterator[Path]:
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise _disk_error(error, path) from error
-    except BaseException:
+    except BaseException as error:
+        if type(error).__name__ == "SafetensorError":  # what safetensors makes of a full disk
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise _disk_error(OSError(str(error)), path) from error
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
@@ -252,7 +259,14 @@ def _disk_error(error: OSError, path: Path) -> MachineError:
 @contextlib.contextmanager
 def lock_run(run: Run) -> Iterator[None]:
     """Holds the run for this process; UsageError where another one does. The lock dies with its process."""
-    run.path.mkdir(parents=True, exist_ok=True)
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(
+            "is a file, or lies in one", where=str(run.path), help="--set run.name=NAME"
+        ) from None
+    except OSError as error:
+        raise _disk_error(error, run.path) from error
     with (run.path / ".lock").open("a+b") as file:
         if not _try_lock(file.fileno()):
             raise UsageError(

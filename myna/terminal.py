@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -98,7 +99,7 @@ def print_outcome(console: Console, outcome: Mapping[str, Any], examples: list[M
     ggufs = [path for path in outcome["files"].values() if path.endswith(".gguf")]
     for path in ggufs:
         console.print(f"file     {path}", highlight=False)
-    console.print(f"chat     [bold]myna chat {outcome['run']}[/bold]", highlight=False)
+    console.print(f"chat     [bold]myna chat {escape(shlex.quote(outcome['run']))}[/bold]", highlight=False)
 
 
 def print_error(console: Console, error: MynaError) -> None:

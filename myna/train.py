@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 import time
@@ -24,9 +25,10 @@ from myna.data.packing import collate, num_steps_an_epoch, plan_packs
 from myna.engine.memory import give_back_memory, peak_memory_mb
 from myna.engine.optim import lr_at, make_optimizer
 from myna.engine.step import attention_for, pack_loss, prepare_model
-from myna.errors import CheckFailed, Interrupted
+from myna.errors import CheckFailed, Interrupted, MachineError
 from myna.model.load import load_base
-from myna.prepare import Prepared, Say
+from myna.model.sources import Say
+from myna.prepare import Prepared
 from myna.run import require_room
 
 StopAsked = Callable[[], int | None]
@@ -64,6 +66,8 @@ def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) ->
     recipe, plan, run = prepared.recipe, prepared.plan, prepared.run
     settings = recipe.train
     torch.set_num_threads(plan.threads)
+    for half in run.checkpoints_dir.glob(".tmp-*"):  # of a process that was killed while it saved
+        shutil.rmtree(half, ignore_errors=True)
     found = load_newest(run.checkpoints_dir)
     for sentence in found.said:
         say(sentence)
@@ -107,15 +111,15 @@ def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) ->
             loss = pack_loss(model, batch, plan.path) / num_targets
             loss.backward()
             loss_sum += loss.detach().item()
-        if not math.isfinite(loss_sum):
+        limit = settings.max_grad_norm or math.inf
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), limit))
+        if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
             raise CheckFailed(
-                f"the loss of step {step} is {loss_sum}",
+                f"the loss of step {step} is {loss_sum}, the norm of its gradient {grad_norm}",
                 where=str(run.path),
                 help="a smaller train.learning_rate in a new run; the last good checkpoint is in checkpoints/",
                 code="loss",
             )
-        limit = settings.max_grad_norm or math.inf
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), limit))
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -137,8 +141,7 @@ def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) ->
             peak_mb=peak_memory_mb(),
         )
         # before the checkpoint: a line too many is cut on resume, a line that was never written stays missing
-        with run.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(report.metrics()) + "\n")
+        append_metrics(run.metrics_path, report)
         if step % settings.save_every_steps == 0 or step == plan.num_steps or signal_number is not None:
             state = collect_state(step, parameters, optimizer, {"epoch": epoch})
             saved = save_checkpoint(run.checkpoints_dir, state, settings.keep_checkpoints)
@@ -152,6 +155,18 @@ def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) ->
                 help="the same command with --resume goes on",
             )
     save_adapter(model, run.adapter_dir)
+
+
+def append_metrics(path: Path, report: StepReport) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(report.metrics()) + "\n")
+    except OSError as error:
+        raise MachineError(
+            f"could not be written: {error.strerror}",
+            where=str(path),
+            help="make room, then the same with --resume",
+        ) from error
 
 
 def cut_metrics(path: Path, last_step: int) -> None:
@@ -186,7 +201,9 @@ def catch_signals() -> Iterator[StopAsked]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
-    before = {number: signal.signal(number, note) for number in numbers}
+    # one that is ignored (nohup, a background job) stays ignored
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield lambda: noted[0] if noted else None
     finally:

@@ -223,3 +223,13 @@ def test_a_tokenizer_without_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"no tokenizer\.json"):
         load_chat_tokenizer(tmp_path)
+
+
+def test_an_answer_that_breaks_off_is_no_answer(file: Path) -> None:
+    backend = LlamaCppBackend(file, context=128)
+    tokens = backend.generate([PROMPTS[0]], Sampling(max_tokens=100))
+    next(tokens)
+    backend._children["generate"].process.kill()
+    with pytest.raises(ModelError, match=r"llama\.cpp ended"):
+        list(tokens)
+    backend.close()

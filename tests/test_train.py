@@ -16,10 +16,11 @@ import tiny
 
 from myna.errors import CheckFailed, DataError, Interrupted, RecipeError, UsageError
 from myna.pipeline import train_stage
-from myna.prepare import prepare, run_of
+from myna.prepare import prepare
 from myna.recipe import Recipe, load_recipe
 from myna.run import Run
 from myna.show import Show
+from myna.stored import run_of
 from myna.train import StepReport, train
 
 ROOT = Path(__file__).parent.parent
@@ -225,3 +226,97 @@ def test_target_modules_that_are_not_there_are_named(recipe: Recipe) -> None:
     with pytest.raises(RecipeError, match="fits no layer") as caught:
         train_stage(changed(recipe, "adapter", target_modules=["query"]))
     assert "q_proj" in (caught.value.help or "")
+
+
+def test_gradients_that_are_not_finite_end_the_run_before_they_are_used(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    import myna.train as training
+
+    monkeypatch.setattr(training.torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("inf")))
+    with pytest.raises(CheckFailed, match="the norm of its gradient inf"):
+        train_stage(recipe)
+    assert not Path("runs/orders/adapter").exists() and not list(Path("runs").rglob("step-*"))
+
+
+def test_a_refused_new_run_leaves_nothing_and_can_be_started_again(recipe: Recipe) -> None:
+    for wrong in (["q_proj", "lm_head"], ["nope"]):
+        with pytest.raises(RecipeError, match="target_modules"):
+            train_stage(changed(recipe, "adapter", target_modules=wrong))
+        assert not Path("runs/orders").exists()
+    train_stage(recipe)
+
+
+@pytest.mark.parametrize("name", ["..", "../x", "x/../.."])
+def test_a_run_stays_where_its_name_says(recipe: Recipe, name: str) -> None:
+    with pytest.raises(UsageError, match=r"a run\.name has no \.\."):
+        train_stage(named(recipe, name))
+
+
+def test_a_folder_that_cannot_be_made_is_told(recipe: Recipe) -> None:
+    Path("runs").write_text("a file")
+    with pytest.raises(UsageError, match="is a file"):
+        train_stage(recipe)
+
+
+def test_a_base_that_changed_after_training_is_not_merged(recipe: Recipe, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from myna.export.stage import merge_stage
+
+    base = tiny.write_base(tmp_path / "own")
+    run = train_stage(changed(recipe, "model", base=str(base)))
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] *= 3
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match="not those the run was trained on"):
+        merge_stage(run)
+
+
+def test_a_base_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from myna.errors import ModelError
+    from myna.model.load import load_base
+
+    base = tiny.write_base(tmp_path / "own")
+    tensors = load_file(base / "model.safetensors")
+    del tensors["model.layers.0.mlp.down_proj.weight"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="1 of its weights are not in the files"):
+        load_base(base, "fp32")
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    from myna.train import catch_signals
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with catch_signals() as stop_asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop_asked() is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop_asked() == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_refused_second_process_takes_no_lock_away(recipe: Recipe) -> None:
+    from myna.run import lock_run
+
+    run = run_of(recipe)
+    with lock_run(run):
+        with pytest.raises(UsageError, match="another process"):
+            train_stage(recipe)
+        assert (run.path / ".lock").is_file()
+
+
+def test_files_of_somebody_else_are_not_taken_for_a_run(recipe: Recipe) -> None:
+    Path("mine").mkdir()
+    Path("mine/recipe.yaml").write_text("precious")
+    for resume in (False, True):
+        with pytest.raises(UsageError, match="is no run and is not empty"):
+            train_stage(named(recipe, "./mine"), resume=resume)
+    assert Path("mine/recipe.yaml").read_text() == "precious"

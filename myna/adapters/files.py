@@ -20,6 +20,8 @@ def save_adapter(model: Any, folder: Path) -> None:
     with new_directory(folder) as temporary:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / WEIGHTS)
         config = model.peft_config["default"]
+        if isinstance(config.target_modules, set):  # written in the order of a set, the file would differ
+            config.target_modules = sorted(config.target_modules)
         inference_mode, config.inference_mode = config.inference_mode, True
         config.save_pretrained(str(temporary))
         config.inference_mode = inference_mode

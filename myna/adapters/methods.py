@@ -29,6 +29,10 @@ METHODS: Mapping[str, Method] = {
 }
 
 
+# The head and the embedding are often one tensor: an adapter on one of them could not be merged exactly.
+NOT_TARGETS = frozenset({"lm_head", "embed_tokens", "embed_out", "wte"})
+
+
 def add_adapter(model: Any, settings: AdapterSettings, *, seed: int, base_name: str) -> Any:
     """Puts a fresh adapter on a frozen base: the same settings and seed give the same weights.
 
@@ -37,6 +41,12 @@ def add_adapter(model: Any, settings: AdapterSettings, *, seed: int, base_name: 
     from peft import LoraConfig, get_peft_model
 
     targets = settings.target_modules
+    named = set() if isinstance(targets, str) else set(targets)
+    if named & NOT_TARGETS:
+        raise RecipeError(
+            f"adapter.target_modules: {', '.join(sorted(named & NOT_TARGETS))} cannot be trained yet",
+            help=f"the linear layers: {', '.join(linear_layer_names(model))}; or all-linear",
+        )
     config = LoraConfig(
         r=settings.r,
         lora_alpha=int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,

@@ -33,6 +33,7 @@ from myna.engine.threads import usable_cores
 from myna.errors import MachineError, ModelError
 
 START_SECONDS = 120
+LONGEST_SOCKET_FOLDER = 90  # the path of a unix socket has at most 107 bytes
 Float32 = npt.NDArray[np.float32]
 
 
@@ -110,6 +111,9 @@ def start_child(
 ) -> Child:
     """Starts llama.cpp on a file and waits until it answers. ModelError where it refuses the file."""
     folder = Path(tempfile.mkdtemp(prefix="myna-"))
+    if len(str(folder)) > LONGEST_SOCKET_FOLDER and Path("/tmp").is_dir():
+        folder.rmdir()
+        folder = Path(tempfile.mkdtemp(prefix="myna-", dir="/tmp"))
     key = secrets.token_hex(16)
     has_unix = hasattr(socket, "AF_UNIX")
     settings = {
@@ -130,16 +134,24 @@ def start_child(
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            start_new_session=True,  # a Ctrl-C at the terminal is for Myna, which closes it in its own order
+            # a Ctrl-C at the terminal is for Myna, which closes it in its own order
+            start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
     child = Child(process, "", key, folder)
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(json.dumps(settings) + "\n")
     process.stdin.flush()
     watchdog = threading.Timer(START_SECONDS, process.kill)
+    watchdog.daemon = True
     watchdog.start()
-    answer = process.stdout.readline()
-    watchdog.cancel()
+    try:
+        answer = process.stdout.readline()
+    except BaseException:
+        child.stop()
+        raise
+    finally:
+        watchdog.cancel()
     if not answer:
         process.wait()
         words = child.last_words()
@@ -303,10 +315,7 @@ def _stream(child: Child, prompt: Sequence[int], sampling: Sampling, index: int)
     }
     connection, response = child.open("/completion", body)
     with contextlib.closing(connection):
-        for line in response:
-            if not line.startswith(b"data: "):
-                continue
-            event = json.loads(line[6:])
+        for event in _events(response):
             if "error" in event:
                 raise ModelError(f"llama.cpp refuses: {event['error'].get('message', event['error'])}")
             for token in event.get("tokens") or []:
@@ -315,3 +324,12 @@ def _stream(child: Child, prompt: Sequence[int], sampling: Sampling, index: int)
                 yield int(token)
             if event.get("stop"):
                 return
+    raise ModelError(f"llama.cpp ended in the middle of an answer: {child.last_words()}")
+
+
+def _events(response: http.client.HTTPResponse) -> Iterator[Any]:
+    """The server-sent events of an answer; a connection that breaks just ends them."""
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        for line in response:
+            if line.startswith(b"data: "):
+                yield json.loads(line[6:])

@@ -12,9 +12,9 @@ from myna.backends.text import TextModel
 from myna.data.render import load_chat_tokenizer
 from myna.errors import ModelError, UsageError
 from myna.model.sources import PACKAGED, Say, cache_dir, resolve_base
-from myna.prepare import stored_recipe
 from myna.recipe import Recipe
 from myna.run import RUNS_DIR, Run, file_sha256, new_directory, run_files
+from myna.stored import run_base, stored_recipe
 
 CHAT_CONTEXT = 4096  # tokens of a conversation that llama.cpp keeps; a model that reads fewer keeps fewer
 
@@ -68,7 +68,7 @@ def _open_run(run: Run, say: Say, file_type: str | None) -> Iterator[TextModel]:
             help="`myna train RECIPE --resume` goes on with it",
         )
     say(f"{run.name}: base + adapter through torch (no file is exported yet)")
-    base = resolve_base(recipe.model.base, say)
+    base = run_base(run, say)
     yield TextModel(_torch(base.folder, run.adapter_dir, run.name), tokenizer, recipe.data.system)
 
 

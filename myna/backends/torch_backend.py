@@ -16,6 +16,7 @@ import torch
 from myna.backends import GeneratedToken, Sampling
 
 ROWS_TOGETHER = 64
+TOKENS_TOGETHER = 16_384  # keys and values of so many tokens are kept: 0.75 GB for SmolLM2-135M in float32
 REPACK_BELOW = 0.75  # when fewer of a batch's rows are still being answered, the others leave the cache
 
 
@@ -28,8 +29,10 @@ class TorchBackend:
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[GeneratedToken]:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), ROWS_TOGETHER):
-            rows = order[start : start + ROWS_TOGETHER]
+        longest = max((len(prompt) for prompt in prompts), default=0) + sampling.max_tokens
+        together = max(1, min(ROWS_TOGETHER, TOKENS_TOGETHER // longest)) if longest else 1
+        for start in range(0, len(order), together):
+            rows = order[start : start + together]
             yield from _generate_batch(self.model, [(i, list(prompts[i])) for i in rows], sampling)
 
     def score(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from myna.data.conversation import Conversation, Message
-from myna.errors import DataError, ModelError
+from myna.errors import DataError, ModelError, UsageError
 from myna.run import read_json
 
 if TYPE_CHECKING:
@@ -93,12 +93,14 @@ class ChatTokenizer:
                 tools=None,
                 **self.special_tokens,
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise ModelError(f"the chat template refuses a conversation: {error}") from error
         return str(text)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids; control tokens spelled in the text are read as such, none are added."""
+        """Token ids; control tokens spelled in the text are read as such, none are added. UsageError: no UTF-8."""
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise UsageError("the text is not UTF-8")
         return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=False).ids]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -138,7 +140,10 @@ def load_chat_tokenizer(folder: Path) -> ChatTokenizer:
         value = value.get("content") if isinstance(value, dict) else value
         if isinstance(value, str):
             special[key] = value
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ModelError(f"cannot be read: {error}", where=str(path)) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     template = read_template(folder, config)

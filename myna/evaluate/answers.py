@@ -31,7 +31,7 @@ class Answered:
 def answer_tokens(rows: Sequence[Conversation], tokenizer: ChatTokenizer) -> int:
     """How many tokens an answer may have: the longest expected one and a quarter more, at most 512.
 
-    An answer longer than that is no exact match of any of them.
+    An answer longer than that is cut and scored as it is; `evaluate.max_tokens` allows longer ones.
     """
     longest = max((len(tokenizer.encode(row.answer())) for row in rows), default=0)
     return min(longest + longest // 4 + 8, LONGEST_DEFAULT)

@@ -18,11 +18,10 @@ from myna.engine.memory import forget_models
 from myna.evaluate.answers import answer_rows, answer_tokens, result_of
 from myna.evaluate.report import write_report
 from myna.export.card import model_card
-from myna.model.sources import resolve_base
-from myna.prepare import held_out, stored_recipe
 from myna.recipe import Recipe
 from myna.run import Run, file_sha256, lock_run, read_json, run_files, write_json, write_text
 from myna.show import Show
+from myna.stored import held_out, run_base, stored_recipe
 
 PARALLEL_ANSWERS = 8  # prompts that llama.cpp answers at once: 157 tokens/s on two cores, 97 one by one
 
@@ -56,7 +55,7 @@ def evaluate_stage(run: Run, *, show: Show | None = None, again: bool = False) -
         max_tokens = recipe.evaluate.max_tokens or answer_tokens(rows, tokenizer)
         before = {} if again else _known_results(run, len(rows), max_tokens)
         results: dict[str, Any] = {}
-        for candidate in _candidates(run, recipe, rows, tokenizer, max_tokens):
+        for candidate in _candidates(run, recipe, rows, tokenizer, max_tokens, show):
             known = before.get(candidate.name)
             if known and known["digest"] == candidate.digest:
                 results[candidate.name] = known
@@ -88,10 +87,15 @@ def _evaluate(
 
 
 def _candidates(
-    run: Run, recipe: Recipe, rows: Sequence[Conversation], tokenizer: ChatTokenizer, max_tokens: int
+    run: Run,
+    recipe: Recipe,
+    rows: Sequence[Conversation],
+    tokenizer: ChatTokenizer,
+    max_tokens: int,
+    show: Show,
 ) -> Iterator[Candidate]:
     """Base and tuned through torch, then every exported file through llama.cpp, the largest first."""
-    base = resolve_base(recipe.model.base)
+    base = run_base(run)
     base_bytes = _weights_bytes(base.folder)
     yield Candidate("base", base.sha256, base_bytes, lambda: _torch_backend(base.folder, "fp32", "base"))
     dtype = recipe.export.dtype
@@ -102,6 +106,9 @@ def _candidates(
     )
     context = max(len(render_prompt(row.prompt(), tokenizer)) for row in rows) + max_tokens + 8
     for file_type, entry in sorted(run_files(run).items(), key=lambda item: -item[1]["bytes"]):
+        if not (run.path / entry["path"]).is_file():
+            show.say(f"{file_type} is gone and left out; `myna export {run.path}` writes it again")
+            continue
         opened = partial(_file_backend, run.path / entry["path"], context)
         yield Candidate(file_type, entry["sha256"], entry["bytes"], opened)
 

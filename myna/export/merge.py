@@ -76,7 +76,7 @@ def merge(
     The sum is made in float32 from the base's float32 weights, never through a smaller copy. The check loads the
     written folder from disk. Raises CheckFailed, and leaves no folder, where it differs beyond MERGED_BOUND.
     """
-    require_room(merged_dir, int(1.1 * tree_bytes(base_dir)), "the merged model")
+    require_room(merged_dir, int(2.2 * tree_bytes(base_dir)), "the merged model")
     model = load_adapter(load_base(base_dir, "fp32"), adapter_dir)
     hidden = [final_hidden(model.get_base_model(), ids) for ids in rows]
     head_Vd = model.get_base_model().get_output_embeddings().weight.detach().clone()

@@ -13,15 +13,14 @@ from myna.backends.llama_cpp import LlamaCppBackend
 from myna.data.conversation import Conversation
 from myna.data.render import Example, load_chat_tokenizer, render_example
 from myna.engine.memory import forget_models
-from myna.errors import CheckFailed
+from myna.errors import CheckFailed, DataError
 from myna.export.card import model_card
-from myna.export.parity import FileParity, choose_rows, compare_files, first_token_difference
+from myna.export.parity import ENOUGH_TOKENS, FileParity, choose_rows, compare_files, first_token_difference
 from myna.export.quantize import quant_type
-from myna.model.sources import resolve_base
-from myna.prepare import held_out, stored_recipe
 from myna.recipe import Recipe
 from myna.run import Run, lock_run, read_json, write_json, write_text
 from myna.show import Show
+from myna.stored import held_out, run_base, stored_recipe
 
 
 def merge_stage(run: Run, *, show: Show | None = None, again: bool = False) -> dict[str, Any]:
@@ -38,7 +37,7 @@ def merge_stage(run: Run, *, show: Show | None = None, again: bool = False) -> d
     started = time.perf_counter()
     recipe = stored_recipe(run)
     with lock_run(run):
-        base = resolve_base(recipe.model.base, show.say)
+        base = run_base(run, show.say)
         rows = [[int(i) for i in row.input_ids_T] for row in _parity_rows(run, recipe)]
         merged = merge(
             base.folder,
@@ -98,20 +97,24 @@ def export_stage(run: Run, file_types: Sequence[str], *, show: Show | None = Non
 
 
 def _parity_rows(run: Run, recipe: Recipe) -> list[Example]:
-    """Held-out rows with at least 1,000 tokens together; where none are held out, training rows."""
+    """Held-out rows with at least 1,000 tokens together; where they have fewer, training rows after them."""
     from myna.data.rows import load_conversations
 
-    rows: Sequence[Conversation] = held_out(run)
-    if not rows:
+    rows: list[Conversation] = list(held_out(run))
+    tokenizer = load_chat_tokenizer(run.tokenizer_dir)
+    assert recipe.data.max_length is not None
+    num_tokens = sum(len(render_example(row, tokenizer, recipe.data.max_length).input_ids_T) for row in rows)
+    if num_tokens < ENOUGH_TOKENS:
         data = recipe.data
         loaded = load_conversations(
             Path(data.train), format_name=data.format, columns=data.columns, max_rows=100
         )
-        rows = [row.with_system(data.system) for row in loaded.conversations]
-    tokenizer = load_chat_tokenizer(run.tokenizer_dir)
-    assert recipe.data.max_length is not None
+        rows += [row.with_system(data.system) for row in loaded.conversations]
     examples = (render_example(row, tokenizer, recipe.data.max_length) for row in rows)
-    return choose_rows([example for example in examples if example.num_targets])
+    chosen = choose_rows([example for example in examples if example.num_targets])
+    if not chosen:
+        raise DataError("no row with target tokens is left to measure the model on", where=recipe.data.train)
+    return chosen
 
 
 def _unproven(run: Run, file_type: str) -> Path:

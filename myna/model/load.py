@@ -51,11 +51,20 @@ def load_base(folder: Path, dtype: str, *, attention: str = "sdpa", device: str 
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[dtype], attn_implementation=attention, local_files_only=True
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES[dtype],
+            attn_implementation=attention,
+            local_files_only=True,
+            output_loading_info=True,
         )
     except (ValueError, KeyError, OSError, SafetensorError) as error:
         raise ModelError(f"could not be loaded: {_first_line(error)}", where=str(folder)) from error
+    missing = sorted(loaded["missing_keys"])
+    if missing:  # transformers would fill them with random numbers
+        raise ModelError(
+            f"{len(missing)} of its weights are not in the files: {missing[0]}, …", where=str(folder)
+        )
     model.requires_grad_(False)
     return model.to(device).eval()
 

@@ -17,6 +17,7 @@ DIRECTION = (
     "engine",
     "checkpoint",
     "plan",
+    "stored",
     "prepare",
     "preview",
     "train",
