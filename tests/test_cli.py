@@ -123,3 +123,18 @@ def test_a_prompt_file_is_continued_without_a_template(folder: Path, tiny_base: 
         myna(*(a for a in arguments if a != "--raw"), "--max-tokens", "20", "--temperature", "0").stdout
     )
     assert raw["text"] != turn["text"] and "User:" not in raw["text"]
+
+
+def test_ctrl_c_in_a_stage_says_how_to_go_on(
+    folder: Path, myna: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only in training, which saves first: any other stage is left at once, with a word and 130."""
+    from myna import preview
+
+    def pressed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preview, "load_conversations", pressed)
+    code, error = one_error(myna, "data", "show", "recipe.yaml")
+    assert code == 130
+    assert error["code"] == "interrupted" and "--resume" in error["help"]

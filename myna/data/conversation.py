@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,13 +60,3 @@ class Conversation:
     def as_dicts(self) -> list[dict[str, str]]:
         """As chat templates and `messages` rows have it."""
         return [{"role": m.role, "content": m.content} for m in self.messages]
-
-
-def conversation_from_dicts(
-    messages: Sequence[Mapping[str, str]], place: Place | None = None
-) -> Conversation:
-    """The inverse of `as_dicts`; roles are trusted (rows from outside go through `formats`)."""
-    return Conversation(
-        tuple(Message(m["role"], m["content"]) for m in messages),  # type: ignore[arg-type]
-        place,
-    )
