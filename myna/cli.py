@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 import myna
@@ -22,7 +20,16 @@ from myna.chat_command import chat
 from myna.engine.threads import BRIEF_SPIN
 from myna.errors import Interrupted, MynaError, UsageError
 from myna.show import Show
-from myna.terminal import outcome_table, print_error, print_outcome, terminal_show
+from myna.stage_commands import evaluate, export, merge
+from myna.terminal import (
+    AsJson,
+    new_console,
+    print_error,
+    print_json,
+    print_outcome,
+    run_stage,
+    terminal_show,
+)
 
 app = typer.Typer(
     help="Teach a small language model your task, prove that it learned, and get the file that runs it.",
@@ -38,11 +45,9 @@ _ClickError: Any = typer.BadParameter.__mro__[2]
 assert _ClickError.__name__ == "ClickException"
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe.yaml")]
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run directory, or a name under ./runs")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a setting of the recipe")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on where this run stopped")]
 
 
@@ -104,72 +109,7 @@ def train(
         made = train_stage(loaded, resume=resume, show=show)
         return {"run": str(made.path), "adapter": str(made.adapter_dir), **(made.stage("train") or {})}
 
-    _stage(work, as_json, lambda result: f"adapter  {result['adapter']}")
-
-
-@app.command()
-def merge(run: RunName, as_json: AsJson = False) -> None:
-    """Base + adapter → merged/, shown to be the same."""
-    from myna.export.stage import merge_stage
-    from myna.run import find_run, read_json
-
-    found = find_run(run)
-
-    def work(show: Show) -> Mapping[str, Any]:
-        merge_stage(found, show=show)
-        merged = read_json(found.parity_path)["merged"]
-        return {"run": str(found.path), "merged": str(found.merged_dir), "parity": merged}
-
-    _stage(work, as_json, lambda result: f"merged   {result['merged']}")
-
-
-@app.command()
-def export(
-    run: RunName,
-    quantize: Annotated[
-        str | None, typer.Option(metavar="TYPES", help="Q4_K_M,Q8_0,… ; default: the recipe's")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """merged/ → GGUF files, each measured against merged before it gets its name."""
-    from myna.export.stage import export_stage, merge_stage
-    from myna.run import find_run, read_json
-    from myna.stored import stored_recipe
-
-    found = find_run(run)
-    wanted = (
-        [part.strip() for part in quantize.split(",")] if quantize else stored_recipe(found).export.quantize
-    )
-
-    def work(show: Show) -> Mapping[str, Any]:
-        merge_stage(found, show=show)
-        files = export_stage(found, wanted, show=show)
-        paths = {file_type: str(found.path / entry["path"]) for file_type, entry in files.items()}
-        return {"run": str(found.path), "files": paths, "parity": read_json(found.parity_path)}
-
-    _stage(work, as_json, lambda result: "\n".join(f"file     {path}" for path in result["files"].values()))
-
-
-@app.command()
-def evaluate(
-    run: RunName,
-    again: Annotated[bool, typer.Option("--again", help="answer every row again")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Base, tuned and every exported file on the same held-out rows; writes evaluation.json and report.html."""
-    from myna.evaluate.stage import evaluate_stage
-    from myna.export.stage import merge_stage
-    from myna.pipeline import outcome
-    from myna.run import find_run
-
-    found = find_run(run)
-
-    def work(show: Show) -> Mapping[str, Any]:
-        merge_stage(found, show=show)
-        evaluate_stage(found, show=show, again=again)
-        return outcome(found)
-
-    _stage(work, as_json, outcome_table)
+    run_stage(work, as_json, lambda result: f"adapter  {result['adapter']}")
 
 
 @app.command()
@@ -183,7 +123,7 @@ def init(
 
     path, said = init_recipe(rows, Path("recipe.yaml"), overwrite=yes)
     if as_json:
-        _print_json({"recipe": str(path), "said": said})
+        print_json({"recipe": str(path), "said": said})
         return
     print(
         "\n".join(
@@ -192,7 +132,8 @@ def init(
     )
 
 
-app.command()(chat)
+for command in (merge, export, evaluate, chat):
+    app.command()(command)
 
 
 @data_app.command("show")
@@ -206,11 +147,11 @@ def data_show(
     from myna.preview import preview_rows
     from myna.recipe import load_recipe
 
-    shown = preview_rows(load_recipe(recipe, overrides or []), rows, _console(stderr=True).print)
+    shown = preview_rows(load_recipe(recipe, overrides or []), rows, new_console(stderr=True).print)
     if as_json:
-        _print_json({"rows": [row.as_json() for row in shown]})
+        print_json({"rows": [row.as_json() for row in shown]})
         return
-    console = _console()
+    console = new_console()
     for row in shown:
         console.print(row.as_text(), soft_wrap=True)
         console.print(f"[dim]{row.num_tokens} tokens, {row.num_targets} trained, from {row.place}[/dim]\n")
@@ -223,9 +164,9 @@ def doctor(as_json: AsJson = False) -> None:
 
     report = examine()
     if as_json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
     else:
-        console = _console()
+        console = new_console()
         colours = {"ok": "green", "warn": "yellow", "missing": "red"}
         for status, text, cure in as_lines(report):
             console.print(f"[{colours[status]}]{status:<8}[/]{escape(text)}", highlight=False)
@@ -239,35 +180,14 @@ def _run_recipe(recipe: Any, *, resume: bool, as_json: bool) -> None:
     from myna.pipeline import run_recipe
     from myna.run import read_json
 
-    with terminal_show(_console(stderr=True)) as show:
+    with terminal_show(new_console(stderr=True)) as show:
         result = run_recipe(recipe, resume=resume, show=show)
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     evaluation = Path(result["run"]) / "evaluation.json"
     examples = read_json(evaluation)["examples"] if evaluation.is_file() else []
-    print_outcome(_console(), result, examples)
-
-
-def _stage(work: Callable[[Show], Mapping[str, Any]], as_json: bool, line: Callable[[Any], Any]) -> None:
-    """Runs one stage with its progress on standard error, then prints its result."""
-    with terminal_show(_console(stderr=True)) as show:
-        result = work(show)
-    if as_json:
-        _print_json(result)
-    else:
-        _console().print(line(result), highlight=False)
-
-
-def _console(*, stderr: bool = False) -> Console:
-    console = Console(stderr=stderr, soft_wrap=not sys.stdout.isatty())
-    if stderr:  # nobody reads the progress any more: the work goes on all the same
-        console.on_broken_pipe = lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # type: ignore[method-assign,assignment]
-    return console
-
-
-def _print_json(value: Mapping[str, Any]) -> None:
-    print(json.dumps(value, ensure_ascii=False))
+    print_outcome(new_console(), result, examples)
 
 
 def _terminate(number: int, _: FrameType | None) -> None:
@@ -322,15 +242,15 @@ def exit_code(arguments: list[str]) -> int:
     except Exception as error:
         traceback.print_exc()
         if as_json:
-            _print_json({"error": {"code": "bug", "message": repr(error), "where": None, "help": None}})
+            print_json({"error": {"code": "bug", "message": repr(error), "where": None, "help": None}})
         return 1
 
 
 def _tell(error: MynaError, as_json: bool) -> None:
     if as_json:
-        _print_json({"error": error.as_json()})
+        print_json({"error": error.as_json()})
     else:
-        print_error(_console(stderr=True), error)
+        print_error(new_console(stderr=True), error)
 
 
 if __name__ == "__main__":

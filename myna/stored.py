@@ -67,3 +67,8 @@ def held_out(run: Run) -> tuple[Conversation, ...]:
     if not run.test_path.is_file():
         return ()
     return load_conversations(run.test_path, format_name="messages").conversations
+
+
+def model_dir(run: Run) -> Path:
+    """The whole model that a run exports: merged/, or the folder it was given where nothing was trained."""
+    return run.merged_dir

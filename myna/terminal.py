@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import shlex
-from collections.abc import Iterator, Mapping
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -14,6 +18,8 @@ from rich.table import Table
 
 from myna.errors import MynaError
 from myna.show import Show
+
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
 
 
 @contextlib.contextmanager
@@ -51,6 +57,29 @@ def terminal_show(console: Console) -> Iterator[Show]:
             step=step,
             progress=update,
         )
+
+
+def run_stage(work: Callable[[Show], Mapping[str, Any]], as_json: bool, line: Callable[[Any], Any]) -> None:
+    """Runs one stage with its progress on standard error, then prints its result."""
+    with terminal_show(new_console(stderr=True)) as show:
+        result = work(show)
+    if as_json:
+        print_json(result)
+    else:
+        new_console().print(line(result), highlight=False)
+
+
+def new_console(*, stderr: bool = False) -> Console:
+    """Standard output or standard error, as rich draws on them."""
+    console = Console(stderr=stderr, soft_wrap=not sys.stdout.isatty())
+    if stderr:  # nobody reads the progress any more: the work goes on all the same
+        console.on_broken_pipe = lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # type: ignore[method-assign,assignment]
+    return console
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """The one JSON object that `--json` asks for."""
+    print(json.dumps(value, ensure_ascii=False))
 
 
 def outcome_table(outcome: Mapping[str, Any]) -> Table:

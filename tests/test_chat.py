@@ -19,7 +19,8 @@ from myna.backends import GeneratedToken, Sampling
 from myna.backends.text import TextModel
 from myna.chat import BackendChat, ChatSampling, chat_loop, continue_file, once, stop_at
 from myna.data.conversation import Message
-from myna.data.render import PLAIN_TEMPLATE, ChatTokenizer
+from myna.data.render import ChatTokenizer
+from myna.data.template import PLAIN_TEMPLATE
 from myna.errors import DataError, ModelError, UsageError
 
 

@@ -100,7 +100,7 @@ def _open_file(path: Path) -> Iterator[TextModel]:
 
 def gguf_tokenizer_dir(path: Path) -> Path:
     """The tokenizer inside a .gguf file as a folder, made once and kept in the cache under the file's digest."""
-    from myna.model.load import write_gguf_tokenizer
+    from myna.model.gguf_base import write_gguf_tokenizer
 
     folder = cache_dir() / "tokenizers" / file_sha256(path)[:16]
     if not folder.is_dir():

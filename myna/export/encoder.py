@@ -73,8 +73,10 @@ def row_bytes(num_columns: int, ggml_type: str) -> int:
     return num_columns // kind.block_size * kind.block_bytes
 
 
-def encode(rows_RC: Floats, ggml_type: str) -> Bytes:
+def encode(rows_RC: Floats, ggml_type: str, importance_C: Floats | None = None) -> Bytes:
     """`rows_RC` [R, C] float32 as [R, `row_bytes`] uint8, as it stands in a GGUF file.
+
+    `importance_C` weighs the columns; types that do not use it (F16, BF16, Q8_0) leave it alone.
 
     ModelError: C does not divide into blocks, the rows are not contiguous float32, a value is not finite or
     is beyond what the type can hold. MachineError: the library is missing, lacks the function, or fails its
@@ -103,7 +105,9 @@ def encode(rows_RC: Floats, ggml_type: str) -> Bytes:
     edges = [num_rows * index // num_slices for index in range(num_slices + 1)]
     with ThreadPoolExecutor(num_slices) as pool:
         parts = [
-            pool.submit(_encode_slice, library, rows_RC[start:end], encoded[start:end], ggml_type)
+            pool.submit(
+                _encode_slice, library, rows_RC[start:end], encoded[start:end], ggml_type, importance_C
+            )
             for start, end in itertools.pairwise(edges)
         ]
         for part in parts:
@@ -119,11 +123,18 @@ def num_cores() -> int:
         return os.cpu_count() or 1
 
 
-def _encode_slice(library: ctypes.CDLL, rows_RC: Floats, encoded: Bytes, ggml_type: str) -> None:
+def _encode_slice(
+    library: ctypes.CDLL,
+    rows_RC: Floats,
+    encoded: Bytes,
+    ggml_type: str,
+    importance_C: Floats | None = None,
+) -> None:
     number = GGML_TYPES[ggml_type].number
     num_rows, num_columns = rows_RC.shape
+    weights = None if importance_C is None else importance_C.ctypes.data
     written = library.ggml_quantize_chunk(
-        number, rows_RC.ctypes.data, encoded.ctypes.data, 0, num_rows, num_columns, None
+        number, rows_RC.ctypes.data, encoded.ctypes.data, 0, num_rows, num_columns, weights
     )
     if written != encoded.nbytes:
         raise _broken(f"it wrote {written} bytes of {ggml_type} where {encoded.nbytes} belong")

@@ -20,7 +20,7 @@ from myna.export.quantize import quant_type
 from myna.recipe import Recipe
 from myna.run import Run, lock_run, read_json, write_json, write_text
 from myna.show import Show
-from myna.stored import held_out, run_base, stored_recipe
+from myna.stored import held_out, model_dir, run_base, stored_recipe
 
 
 def merge_stage(run: Run, *, show: Show | None = None, again: bool = False) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _write_file(run: Run, file_type: str, show: Show) -> dict[str, Any]:
     path = _unproven(run, file_type)
     path.parent.mkdir(parents=True, exist_ok=True)
     summary = write_gguf(
-        run.merged_dir,
+        model_dir(run),
         run.tokenizer_dir,
         path,
         file_type,
@@ -180,7 +180,7 @@ def _measure(
 
     tokenizer = load_chat_tokenizer(run.tokenizer_dir)
     context = max(len(row.input_ids_T) for row in rows)
-    merged = TorchBackend(load_base(run.merged_dir, stored_recipe(run).export.dtype), "merged")
+    merged = TorchBackend(load_base(model_dir(run), stored_recipe(run).export.dtype), "merged")
     with ExitStack() as stack:
         files = {t: LlamaCppBackend(_unproven(run, t), context=context) for t in file_types}
         for backend in files.values():

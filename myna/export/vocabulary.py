@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from myna.errors import ModelError
-from myna.model.families import PRE_TOKENIZERS, pre_tokenizer_json, pre_tokenizer_name
+from myna.model.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer_name
 from myna.run import read_json
-
-__all__ = ["PRE_TOKENIZERS", "Vocabulary", "add_vocabulary", "pre_tokenizer_json", "read_vocabulary"]
 
 # gguf.TokenType. A control token is matched where special tokens are asked for, a user-defined one always.
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5

@@ -164,7 +164,7 @@ def from_gguf(path: Path, say: Say) -> BaseFiles:
 
 
 def _dequantize(gguf_path: Path, folder: Path, say: Say) -> None:
-    from myna.model.load import dequantize_gguf
+    from myna.model.gguf_base import dequantize_gguf
 
     require_room(folder, DEQUANTIZED_ROOM * gguf_path.stat().st_size, f"{gguf_path.name} in float32")
     say(f"unpacking {gguf_path.name} to float32 beside it (once)")

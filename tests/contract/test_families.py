@@ -24,7 +24,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from myna.export.gguf import write_gguf
 from myna.export.quantize import QUANT_TYPES
-from myna.model.families import FAMILIES, PRE_TOKENIZERS, pre_tokenizer_json
+from myna.model.families import FAMILIES
+from myna.model.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer_json
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="llama.cpp is reached on a unix socket")
 

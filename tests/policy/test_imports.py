@@ -36,6 +36,7 @@ DIRECTION = (
     "doctor",
     "chat_command",
     "terminal",
+    "stage_commands",
     "cli",
 )
 FREE_OF_TORCH = ("errors", "data", "recipe", "run", "show")

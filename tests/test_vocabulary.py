@@ -1,0 +1,153 @@
+"""The vocabulary: what a GGUF file says of a tokenizer, and which are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from tiny_gguf import CONFIG, VOCAB_SIZE, write_tokenizer
+from tokenizers import Tokenizer
+
+from myna.errors import ModelError
+from myna.export.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED, read_vocabulary
+from myna.model.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer_json, pre_tokenizer_name
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return folder
+
+
+def changed_tokenizer(folder: Path, source: Path, **changes: Any) -> Path:
+    """A copy with keys replaced; `model__x` replaces `model.x`."""
+    shutil.copytree(source, folder)
+    value = json.loads((folder / "tokenizer.json").read_text())
+    for key, new in changes.items():
+        outer, _, inner = key.partition("__")
+        if inner:
+            value[outer][inner] = new
+        else:
+            value[outer] = new
+    (folder / "tokenizer.json").write_text(json.dumps(value))
+    return folder
+
+
+def test_tokens_types_and_merges(tokenizer_dir: Path) -> None:
+    vocabulary = read_vocabulary(tokenizer_dir, CONFIG)
+    tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    assert len(vocabulary.tokens) == len(vocabulary.token_types) == VOCAB_SIZE
+    for index in range(297):
+        assert vocabulary.tokens[index] == tokenizer.id_to_token(index)
+    assert vocabulary.tokens[297:] == ("[PAD297]", "[PAD298]", "[PAD299]")
+    assert vocabulary.token_types[:3] == (CONTROL, CONTROL, NORMAL)
+    assert vocabulary.token_types[295:] == (NORMAL, USER_DEFINED, UNUSED, UNUSED, UNUSED)
+
+
+def test_what_gguf_reads_of_the_same_folder(tokenizer_dir: Path) -> None:
+    upstream = gguf.SpecialVocab(tokenizer_dir, load_merges=True)
+    vocabulary = read_vocabulary(tokenizer_dir, CONFIG)
+    assert list(vocabulary.merges) == upstream.merges and len(upstream.merges) > 30
+    assert vocabulary.chat_template == upstream.chat_template
+    ids = {"bos": vocabulary.bos_id, "eos": vocabulary.eos_id, "pad": vocabulary.pad_id}
+    assert ids == upstream.special_token_ids
+
+
+def test_merges_as_pairs_or_as_text(tokenizer_dir: Path, tmp_path: Path) -> None:
+    pairs = json.loads((tokenizer_dir / "tokenizer.json").read_text())["model"]["merges"]
+    assert isinstance(pairs[0], list)
+    lines = changed_tokenizer(tmp_path / "t", tokenizer_dir, model__merges=[" ".join(pair) for pair in pairs])
+    assert read_vocabulary(lines, CONFIG).merges == read_vocabulary(tokenizer_dir, CONFIG).merges
+
+
+@pytest.mark.parametrize(
+    ("single", "around"),
+    [
+        (["A"], (False, False)),
+        (["<s>", "A"], (True, False)),
+        (["A", "</s>"], (False, True)),
+        (["<s>", "A", "</s>"], (True, True)),
+    ],
+)
+def test_what_the_tokenizer_adds_around_a_text(
+    single: list[str], around: tuple[bool, bool], tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    pieces = [
+        {"Sequence": {"id": "A", "type_id": 0}}
+        if piece == "A"
+        else {"SpecialToken": {"id": piece, "type_id": 0}}
+        for piece in single
+    ]
+    template = {"type": "TemplateProcessing", "single": pieces, "pair": [], "special_tokens": {}}
+    both = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]}
+    for index, processor in enumerate((template, both)):
+        folder = changed_tokenizer(tmp_path / str(index), tokenizer_dir, post_processor=processor)
+        vocabulary = read_vocabulary(folder, CONFIG)
+        assert (vocabulary.add_bos, vocabulary.add_eos) == around
+
+
+def test_special_ids_and_template_from_elsewhere(tokenizer_dir: Path, tmp_path: Path) -> None:
+    folder = changed_tokenizer(tmp_path / "t", tokenizer_dir)
+    (folder / "chat_template.jinja").unlink()
+    templates = [{"name": "tools", "template": "no"}, {"name": "default", "template": "yes"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates, "bos_token": None}))
+    vocabulary = read_vocabulary(folder, CONFIG | {"eos_token_id": 1, "pad_token_id": 5})
+    assert (vocabulary.bos_id, vocabulary.eos_id, vocabulary.unk_id, vocabulary.pad_id) == (None, 1, None, 5)
+    assert vocabulary.chat_template == "yes"
+    with pytest.raises(ModelError, match="no end token"):
+        read_vocabulary(folder, CONFIG | {"eos_token_id": [1, 2]})
+
+
+_SPECIAL = {"SpecialToken": {"id": "<call>", "type_id": 0}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model__type": "Unigram"}, "Unigram; only byte-level BPE"),
+        ({"model__type": "WordPiece"}, "WordPiece"),
+        ({"model__byte_fallback": True}, "byte_fallback"),
+        ({"model__dropout": 0.1}, "dropout"),
+        ({"model__ignore_merges": True}, "pre_tokenizer is none"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "known are smollm, gpt-2"),
+        ({"pre_tokenizer": None}, "pre_tokenizer is none"),
+        ({"normalizer": {"type": "Lowercase"}}, "no normalizer Lowercase"),
+        ({"post_processor": {"type": "RobertaProcessing"}}, "RobertaProcessing"),
+        ({"post_processor": {"type": "TemplateProcessing", "single": [_SPECIAL]}}, "<call>"),
+        ({"model__merges": ["a b c"]}, "no pair"),
+    ],
+)
+def test_tokenizers_refused(changes: dict[str, Any], said: str, tokenizer_dir: Path, tmp_path: Path) -> None:
+    folder = changed_tokenizer(tmp_path / "t", tokenizer_dir, **changes)
+    with pytest.raises(ModelError, match=said) as error:
+        read_vocabulary(folder, CONFIG)
+    assert error.value.where == str(folder / "tokenizer.json")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no tokenizer\.json"):
+        read_vocabulary(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_pre_tokenizers_are_known_both_ways(pre: str, tmp_path: Path) -> None:
+    """As tokenizers itself writes them, whatever it adds or leaves out."""
+    value = write_tokenizer(tmp_path, pre)
+    assert pre_tokenizer_name(value["pre_tokenizer"], value["model"]["ignore_merges"]) == pre
+    assert read_vocabulary(tmp_path, CONFIG).pre == pre
+
+
+def test_pre_tokenizers_that_cut_alike_have_one_name() -> None:
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False}
+    assert pre_tokenizer_name(bytes_) == "gpt-2"
+    assert (
+        pre_tokenizer_name({"type": "Sequence", "pretokenizers": [bytes_ | {"trim_offsets": False}]})
+        == "gpt-2"
+    )
+    assert pre_tokenizer_name(bytes_ | {"add_prefix_space": True}) is None
+    assert pre_tokenizer_json("who-knows") is None
