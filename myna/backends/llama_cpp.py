@@ -12,15 +12,8 @@ import contextlib
 import http.client
 import json
 import queue
-import secrets
-import shutil
-import socket
-import subprocess
-import sys
-import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,150 +22,12 @@ import numpy as np
 import numpy.typing as npt
 
 from myna.backends import GeneratedToken, Sampling
+from myna.backends.llama_server import Child, start_child
+from myna.data.conversation import Conversation
 from myna.engine.threads import usable_cores
-from myna.errors import MachineError, ModelError
+from myna.errors import ModelError
 
-START_SECONDS = 120
-LONGEST_SOCKET_FOLDER = 90  # the path of a unix socket has at most 107 bytes
 Float32 = npt.NDArray[np.float32]
-
-
-class _SocketConnection(http.client.HTTPConnection):
-    """HTTP over a unix socket."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost")
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.connect(self._path)
-
-
-@dataclass(frozen=True)
-class Child:
-    """A running llama.cpp server; `folder` holds its socket and its log."""
-
-    process: subprocess.Popen[str]
-    address: str
-    key: str
-    folder: Path
-
-    def connect(self) -> http.client.HTTPConnection:
-        if self.address.startswith("unix://"):
-            return _SocketConnection(self.address.removeprefix("unix://"))
-        host, _, port = self.address.removeprefix("http://").rpartition(":")
-        return http.client.HTTPConnection(host, int(port))
-
-    def open(
-        self, path: str, body: Mapping[str, Any]
-    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-        """Sends a request; ModelError with the server's own words where it refuses."""
-        connection = self.connect()
-        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
-        try:
-            connection.request("POST", path, json.dumps(body), headers)
-            response = connection.getresponse()
-        except (OSError, http.client.HTTPException) as error:
-            raise ModelError(f"llama.cpp ended while it was asked: {self.last_words() or error}") from error
-        if response.status != 200:
-            text = response.read().decode(errors="replace")
-            raise ModelError(f"llama.cpp refuses: {_server_message(text)}")
-        return connection, response
-
-    def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        connection, response = self.open(path, body)
-        with contextlib.closing(connection):
-            return json.loads(response.read())
-
-    def last_words(self) -> str:
-        """The last error in its log."""
-        log = self.folder / "log"
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-        told = [line for line in lines if "error" in line.lower() or "assert" in line.lower()]
-        return (told or lines or [""])[-1].strip()
-
-    def stop(self) -> None:
-        if self.process.stdin:
-            with contextlib.suppress(OSError):
-                self.process.stdin.close()
-        try:
-            self.process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        if self.process.stdout:
-            self.process.stdout.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def start_child(
-    model: Path, *, context: int, parallel: int, threads: int, embedding: bool, batch: int
-) -> Child:
-    """Starts llama.cpp on a file and waits until it answers. ModelError where it refuses the file."""
-    folder = Path(tempfile.mkdtemp(prefix="myna-"))
-    if len(str(folder)) > LONGEST_SOCKET_FOLDER and Path("/tmp").is_dir():
-        folder.rmdir()
-        folder = Path(tempfile.mkdtemp(prefix="myna-", dir="/tmp"))
-    key = secrets.token_hex(16)
-    has_unix = hasattr(socket, "AF_UNIX")
-    settings = {
-        "model": str(model.resolve()),
-        "host": str(folder / "s.sock") if has_unix else "127.0.0.1",
-        "port": 8080 if has_unix else _free_port(),
-        "key": key,
-        "context": context,
-        "parallel": parallel,
-        "threads": threads,
-        "embedding": embedding,
-        "batch": batch,
-    }
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("llama_child.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            # a Ctrl-C at the terminal is for Myna, which closes it in its own order
-            start_new_session=True,
-            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
-        )
-    child = Child(process, "", key, folder)
-    assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(json.dumps(settings) + "\n")
-    process.stdin.flush()
-    watchdog = threading.Timer(START_SECONDS, process.kill)
-    watchdog.daemon = True
-    watchdog.start()
-    try:
-        answer = process.stdout.readline()
-    except BaseException:
-        child.stop()
-        raise
-    finally:
-        watchdog.cancel()
-    if not answer:
-        process.wait()
-        words = child.last_words()
-        child.stop()
-        if "No module named" in words:
-            raise MachineError(f"llama.cpp is not installed: {words}", help="pip install xllamacpp")
-        raise ModelError(f"llama.cpp cannot load it: {words or 'it ended without a word'}", where=str(model))
-    return Child(process, json.loads(answer)["address"], key, folder)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _server_message(text: str) -> str:
-    try:
-        return str(json.loads(text)["error"]["message"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return text[:200]
 
 
 class LlamaCppBackend:
@@ -259,6 +114,30 @@ class LlamaCppBackend:
         child = next(iter(self._children.values()), None) or self._child("score")
         body = {"content": text, "add_special": False, "parse_special": True}
         return [int(i) for i in child.post("/tokenize", body)["tokens"]]
+
+    def chat_template(self) -> str:
+        """The chat template that llama.cpp has of the file."""
+        return str(self._child("generate").get("/props").get("chat_template", ""))
+
+    def chat_prompt(self, conversation: Conversation) -> tuple[str, int]:
+        """(the text that llama.cpp's chat makes of messages, the number of tokens it gives the model for it)."""
+        child = self._child("generate")
+        messages = {"messages": conversation.as_dicts()}
+        text = child.post("/apply-template", messages)["prompt"]
+        answer = child.post("/v1/chat/completions", {**messages, "max_tokens": 1, "temperature": 0})
+        return str(text), int(answer["usage"]["prompt_tokens"])
+
+    def says_one_token(self, prompt: Sequence[int], token_id: int, bias: float) -> tuple[list[int], str]:
+        """(what is said, why it ended: `eos` or `limit`) where one token is made all but certain, every time."""
+        body = {
+            "prompt": list(prompt),
+            "n_predict": 3,
+            "temperature": 0,
+            "logit_bias": [[token_id, bias]],
+            "return_tokens": True,
+        }
+        answer = self._child("generate").post("/completion", body)
+        return [int(i) for i in answer["tokens"]], str(answer["stop_type"])
 
     def close(self) -> None:
         for child in self._children.values():

@@ -1,0 +1,136 @@
+"""Gates: what must be the same in a file as in the run, asked of llama.cpp itself. Each is a question with one answer.
+
+    tokens     text → ids: llama.cpp's own tokenizer against the run's, over rendered conversations
+    template   the chat template in the file is the run's, to the letter
+    prompt     messages → ids by llama.cpp's chat endpoint (its Jinja, its BOS) against the run's rendering
+    stop       a model that says a stop token has ended its answer
+    weights    every block of every tensor decodes to its source (`export/blocks.py`)
+
+How near the answers are (mean KL, same top token) is measured in `export/parity.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from myna.data.conversation import Conversation
+from myna.data.render import ChatTokenizer, render_prompt
+from myna.errors import ModelError
+
+STOP_BIAS = 1000.0  # added to one logit: the model says that token, whatever it was taught
+
+
+class Server(Protocol):
+    """What the gates ask of llama.cpp (`LlamaCppBackend`)."""
+
+    def tokenize(self, text: str) -> list[int]: ...
+
+    def chat_prompt(self, conversation: Conversation) -> tuple[str, int]: ...
+
+    def chat_template(self) -> str: ...
+
+    def says_one_token(self, prompt: Sequence[int], token_id: int, bias: float) -> tuple[list[int], str]: ...
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One answer. `detail` says what was compared where it passes, and the first difference where it does not."""
+
+    name: str
+    passes: bool
+    detail: str
+
+    def as_json(self) -> dict[str, str]:
+        return {"verdict": "pass" if self.passes else "fail", "detail": self.detail}
+
+
+def ask_all(server: Server, tokenizer: ChatTokenizer, conversations: Sequence[Conversation]) -> list[Gate]:
+    """The four gates that a running file answers, in the order of the table above."""
+    return [GATES[name](server, tokenizer, conversations) for name in GATES]
+
+
+def tokens_gate(server: Server, tokenizer: ChatTokenizer, conversations: Sequence[Conversation]) -> Gate:
+    """Ids of every rendered conversation, control tokens read as such."""
+    num_tokens = 0
+    for number, conversation in enumerate(conversations):
+        text = tokenizer.render_text(conversation, add_generation_prompt=False)
+        ours, theirs = tokenizer.encode(text), server.tokenize(text)
+        if ours != theirs:
+            return Gate("tokens", False, _difference(ours, theirs, _place(conversation, number)))
+        num_tokens += len(ours)
+    return Gate("tokens", True, f"{num_tokens:,} tokens of {len(conversations)} conversations")
+
+
+def template_gate(server: Server, tokenizer: ChatTokenizer, conversations: Sequence[Conversation]) -> Gate:
+    """The file's template is the run's."""
+    theirs = server.chat_template()
+    if theirs == tokenizer.template_text:
+        return Gate("template", True, f"{len(theirs):,} characters")
+    return Gate("template", False, "the chat template in the file is not the run's")
+
+
+def prompt_gate(server: Server, tokenizer: ChatTokenizer, conversations: Sequence[Conversation]) -> Gate:
+    """Every conversation's prompt by llama.cpp's chat endpoint: the same text, and as many tokens (no BOS twice)."""
+    for number, conversation in enumerate(conversations):
+        prompt = conversation.prompt()
+        place = _place(conversation, number)
+        ours = tokenizer.render_text(prompt, add_generation_prompt=True)
+        try:
+            theirs, num_tokens = server.chat_prompt(prompt)
+        except ModelError as error:
+            return Gate("prompt", False, f"llama.cpp cannot render {place}: {error.message}")
+        expected = len(tokenizer.encode(ours))
+        if num_tokens != expected:
+            what = f"a prompt of {expected} tokens is {num_tokens} tokens to llama.cpp's chat ({place})"
+            return Gate("prompt", False, f"{what}{_twice(num_tokens - expected)}")
+        # where llama.cpp adds BOS itself it takes the one that the template wrote away again
+        bos = tokenizer.special_tokens.get("bos_token", "")
+        if theirs not in (ours, ours.removeprefix(bos)):
+            return Gate("prompt", False, f"llama.cpp renders {place} otherwise: {_first_other(ours, theirs)}")
+    return Gate("prompt", True, f"{len(conversations)} prompts through llama.cpp's chat")
+
+
+def stop_gate(server: Server, tokenizer: ChatTokenizer, conversations: Sequence[Conversation]) -> Gate:
+    """Whatever ends an answer in the run ends it in llama.cpp."""
+    prompt = render_prompt(conversations[0].prompt(), tokenizer)
+    for stop_id in sorted(tokenizer.stop_ids):
+        said, why = server.says_one_token(prompt, stop_id, STOP_BIAS)
+        if why != "eos" or set(said) - {stop_id}:
+            name = tokenizer.tokenizer.id_to_token(stop_id)
+            return Gate("stop", False, f"llama.cpp goes on after {name} ({stop_id}), which ends an answer")
+    return Gate("stop", True, f"{len(tokenizer.stop_ids)} stop tokens end an answer")
+
+
+GATES: Mapping[str, Callable[[Any, ChatTokenizer, Sequence[Conversation]], Gate]] = {
+    "tokens": tokens_gate,
+    "template": template_gate,
+    "prompt": prompt_gate,
+    "stop": stop_gate,
+}
+
+
+def _place(conversation: Conversation, number: int) -> str:
+    return str(conversation.place) if conversation.place else f"conversation {number}"
+
+
+def _difference(ours: Sequence[int], theirs: Sequence[int], place: str) -> str:
+    at = next(
+        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+    )
+    return (
+        f"token {at} of {place} is {list(ours[at : at + 3])} through the run's tokenizer "
+        f"and {list(theirs[at : at + 3])} through llama.cpp"
+    )
+
+
+def _twice(too_many: int) -> str:
+    return ": the beginning of the text (BOS) is added twice, or by nobody else" if too_many == 1 else ""
+
+
+def _first_other(ours: str, theirs: str) -> str:
+    at = next(
+        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+    )
+    return f"{ours[at : at + 30]!r} in the run, {theirs[at : at + 30]!r} there"
