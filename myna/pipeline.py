@@ -78,6 +78,7 @@ def train_stage(recipe: Recipe, *, resume: bool = False, show: Show | None = Non
                 "trainable_parameters": _num_parameters(run),
                 "adapter_sha256": file_sha256(run.adapter_dir / "adapter_model.safetensors"),
             },
+            [run.adapter_dir],
         )
         if number is not None:
             raise Interrupted(

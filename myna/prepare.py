@@ -85,6 +85,7 @@ def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
         plan = FrozenPlan(**read_json(run.plan_path))
         if resolved != stored_recipe(run):
             write_text(run.recipe_path, recipe_yaml(resolved))
+            run.record([run.recipe_path])
     else:
         _write_run(run, resolved, base, plan, inputs, test)
     return Prepared(run, resolved, base, tokenizer, tuple(examples), tuple(test), plan)
@@ -256,7 +257,11 @@ def _write_run(
     versions |= {name: version(name) for name in LIBRARIES}
     info = {"name": run.name, "created": timestamp(), **inputs}
     machine = {"system": platform.system(), "processor": platform.machine(), "platform": sys.platform}
-    write_json(run.path / "run.json", {**info, "versions": versions, "machine": machine, "stages": {}})
+    digests = run.digests(
+        [run.recipe_path, run.plan_path, run.tokenizer_dir, *([run.test_path] if lines else [])]
+    )
+    info |= {"versions": versions, "machine": machine, "stages": {}, "digests": digests}
+    write_json(run.path / "run.json", info)
 
 
 def save_tokenizer(source: Path, folder: Path) -> None:

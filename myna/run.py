@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,10 +101,27 @@ class Run:
             raise UsageError(f"the stage {name} is not done in this run", where=str(self.path), help=command)
         return entry
 
-    def finish_stage(self, name: str, entry: Mapping[str, Any]) -> None:
+    def finish_stage(self, name: str, entry: Mapping[str, Any], files: Sequence[Path] = ()) -> None:
+        """Enters a finished stage into run.json, with the digests of the files (or whole folders) that it wrote."""
         info = self.info()
         info["stages"][name] = {**entry, "done": timestamp()}
+        info["digests"] = info.get("digests", {}) | self.digests(files)
         write_json(self.path / "run.json", info)
+
+    def record(self, files: Sequence[Path]) -> None:
+        """Enters digests of files that are no stage's own."""
+        info = self.info()
+        info["digests"] = info.get("digests", {}) | self.digests(files)
+        write_json(self.path / "run.json", info)
+
+    def digests(self, files: Sequence[Path]) -> dict[str, str]:
+        """SHA-256 of files, and of all files in folders, by their path in the run."""
+        found = [
+            file
+            for path in files
+            for file in (sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path])
+        ]
+        return {file.relative_to(self.path).as_posix(): file_sha256(file) for file in found}
 
 
 def find_run(text: str) -> Run:

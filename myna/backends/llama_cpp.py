@@ -119,13 +119,18 @@ class LlamaCppBackend:
         """The chat template that llama.cpp has of the file."""
         return str(self._child("generate").get("/props").get("chat_template", ""))
 
-    def chat_prompt(self, conversation: Conversation) -> tuple[str, int]:
-        """(the text that llama.cpp's chat makes of messages, the number of tokens it gives the model for it)."""
+    def chat_prompt(self, conversation: Conversation) -> tuple[str, list[int]]:
+        """(text, ids) that llama.cpp's chat endpoint makes of messages, by its two halves: render, then tokenize."""
         child = self._child("generate")
-        messages = {"messages": conversation.as_dicts()}
-        text = child.post("/apply-template", messages)["prompt"]
-        answer = child.post("/v1/chat/completions", {**messages, "max_tokens": 1, "temperature": 0})
-        return str(text), int(answer["usage"]["prompt_tokens"])
+        text = str(child.post("/apply-template", {"messages": conversation.as_dicts()})["prompt"])
+        body = {"content": text, "add_special": True, "parse_special": True}
+        return text, [int(i) for i in child.post("/tokenize", body)["tokens"]]
+
+    def chat_prompt_tokens(self, conversation: Conversation) -> int:
+        """How many tokens the chat endpoint itself says it gave the model for messages."""
+        messages = {"messages": conversation.as_dicts(), "max_tokens": 1, "temperature": 0}
+        answer = self._child("generate").post("/v1/chat/completions", messages)
+        return int(answer["usage"]["prompt_tokens"])
 
     def says_one_token(self, prompt: Sequence[int], token_id: int, bias: float) -> tuple[list[int], str]:
         """(what is said, why it ended: `eos` or `limit`) where one token is made all but certain, every time."""

@@ -65,7 +65,7 @@ def evaluate_stage(run: Run, *, show: Show | None = None, again: bool = False) -
             _write_evaluation(run, rows, max_tokens, results)
         evaluation = _write_evaluation(run, rows, max_tokens, results)
         seconds = (run.stage("evaluate") or {}).get("seconds", 0.0) + time.perf_counter() - started
-        run.finish_stage("evaluate", {"seconds": round(seconds, 1), "rows": len(rows)})
+        run.finish_stage("evaluate", {"seconds": round(seconds, 1), "rows": len(rows)}, [run.evaluation_path])
         write_text(run.path / "README.md", model_card(run, recipe))
         write_report(run.path)
     return evaluation

@@ -19,6 +19,7 @@ from myna.data.conversation import Conversation
 from myna.data.render import ChatTokenizer, render_prompt
 from myna.errors import ModelError
 
+NUM_ASKED = 3  # conversations that are also sent through the chat endpoint, which counts the tokens it used
 STOP_BIAS = 1000.0  # added to one logit: the model says that token, whatever it was taught
 
 
@@ -27,7 +28,9 @@ class Server(Protocol):
 
     def tokenize(self, text: str) -> list[int]: ...
 
-    def chat_prompt(self, conversation: Conversation) -> tuple[str, int]: ...
+    def chat_prompt(self, conversation: Conversation) -> tuple[str, list[int]]: ...
+
+    def chat_prompt_tokens(self, conversation: Conversation) -> int: ...
 
     def chat_template(self) -> str: ...
 
@@ -72,23 +75,26 @@ def template_gate(server: Server, tokenizer: ChatTokenizer, conversations: Seque
 
 
 def prompt_gate(server: Server, tokenizer: ChatTokenizer, conversations: Sequence[Conversation]) -> Gate:
-    """Every conversation's prompt by llama.cpp's chat endpoint: the same text, and as many tokens (no BOS twice)."""
+    """Every conversation's prompt as llama.cpp's chat makes it: the same text, the same ids, no BOS twice."""
+    bos = tokenizer.special_tokens.get("bos_token", "")
     for number, conversation in enumerate(conversations):
-        prompt = conversation.prompt()
-        place = _place(conversation, number)
+        prompt, place = conversation.prompt(), _place(conversation, number)
         ours = tokenizer.render_text(prompt, add_generation_prompt=True)
         try:
-            theirs, num_tokens = server.chat_prompt(prompt)
+            theirs, their_ids = server.chat_prompt(prompt)
+            asked = server.chat_prompt_tokens(prompt) if number < NUM_ASKED else len(their_ids)
         except ModelError as error:
             return Gate("prompt", False, f"llama.cpp cannot render {place}: {error.message}")
-        expected = len(tokenizer.encode(ours))
-        if num_tokens != expected:
-            what = f"a prompt of {expected} tokens is {num_tokens} tokens to llama.cpp's chat ({place})"
-            return Gate("prompt", False, f"{what}{_twice(num_tokens - expected)}")
-        # where llama.cpp adds BOS itself it takes the one that the template wrote away again
-        bos = tokenizer.special_tokens.get("bos_token", "")
+        # where llama.cpp adds BOS itself it takes away the one that the template wrote
         if theirs not in (ours, ours.removeprefix(bos)):
             return Gate("prompt", False, f"llama.cpp renders {place} otherwise: {_first_other(ours, theirs)}")
+        our_ids = tokenizer.encode(ours)
+        if their_ids != our_ids or asked != len(our_ids):
+            twice = "; BOS is added twice" if their_ids[1:] == our_ids else ""
+            count = f"; its chat counts {asked} tokens of {len(our_ids)}" if asked != len(our_ids) else ""
+            return Gate(
+                "prompt", False, _difference(our_ids, their_ids, f"the prompt of {place}") + twice + count
+            )
     return Gate("prompt", True, f"{len(conversations)} prompts through llama.cpp's chat")
 
 
@@ -123,10 +129,6 @@ def _difference(ours: Sequence[int], theirs: Sequence[int], place: str) -> str:
         f"token {at} of {place} is {list(ours[at : at + 3])} through the run's tokenizer "
         f"and {list(theirs[at : at + 3])} through llama.cpp"
     )
-
-
-def _twice(too_many: int) -> str:
-    return ": the beginning of the text (BOS) is added twice, or by nobody else" if too_many == 1 else ""
 
 
 def _first_other(ours: str, theirs: str) -> str:
