@@ -16,7 +16,8 @@ from myna.errors import UsageError
 Target = Annotated[
     str,
     typer.Argument(
-        metavar="RUN|FILE.gguf|BASE", help="a run, a .gguf file, or a base model by name or folder"
+        metavar="RUN|FILE.gguf|FOLDER|BASE",
+        help="a run, a .gguf file, an adapter or model folder, a base model by name, or hf:org/name@revision",
     ),
 ]
 PromptFile = Annotated[
@@ -43,9 +44,12 @@ def chat(
     file: Annotated[
         str | None, typer.Option(metavar="TYPE", help="which exported file of a run: Q8_0, …")
     ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="the base of an adapter folder; default: its config's")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on standard output")] = False,
 ) -> None:
-    """Talk to a run (before any export too), to a .gguf file, or to a base model."""
+    """Talk to a run (before any export too), to a .gguf file, to an adapter on its base, or to a base model."""
     from myna import talk
 
     if once is not None and prompt_file is not None:
@@ -64,11 +68,12 @@ def chat(
         repeat_last_n=repeat_last_n,
         seed=seed,
     )
-    _talk(target, file, once, prompt_file, raw, stop or [], system, sampling, as_json)
+    _talk(target, base, file, once, prompt_file, raw, stop or [], system, sampling, as_json)
 
 
 def _talk(
     target: str,
+    base: str | None,
     file: str | None,
     question: str | None,
     prompt_file: Path | None,
@@ -87,7 +92,7 @@ def _talk(
     notes = Console(stderr=True)
     console = Console(quiet=as_json)
     with open_text_model(
-        target, lambda text: notes.print(text, style="dim", highlight=False), file_type=file
+        target, lambda text: notes.print(text, style="dim", highlight=False), file_type=file, base=base
     ) as opened:
         model = talk.BackendChat(opened)
         text = None

@@ -20,7 +20,7 @@ from myna.chat_command import chat
 from myna.engine.threads import BRIEF_SPIN
 from myna.errors import Interrupted, MynaError, UsageError
 from myna.show import Show
-from myna.stage_commands import evaluate, export, merge
+from myna.stage_commands import evaluate, export, merge, verify
 from myna.terminal import (
     AsJson,
     new_console,
@@ -132,7 +132,7 @@ def init(
     )
 
 
-for command in (merge, export, evaluate, chat):
+for command in (merge, export, evaluate, verify, chat):
     app.command()(command)
 
 

@@ -76,6 +76,7 @@ def examine() -> Report:
     return Report(
         (
             *_software(),
+            _encoder(),
             _system(),
             *_cores(),
             _memory(),
@@ -182,6 +183,19 @@ def _extras() -> Iterator[Finding]:
         else:
             held = ", ".join(package.text for package in packages) or "it needs nothing more"
             yield Finding(f"extra:{extra}", "ok", f"extra {extra}: {held}", True)
+
+
+def _encoder() -> Finding:
+    """The library that quantizes: found, loaded and tested as it is before its first use."""
+    from myna.errors import MachineError
+    from myna.export.encoder import found_library
+
+    try:
+        found = found_library()
+    except MachineError as error:
+        return Finding("encoder", "missing", error.message, None, error.help)
+    text = f"quantizing by {found.package.requirement}, which passes its test ({found.path})"
+    return Finding("encoder", "ok", text, str(found.path))
 
 
 # Hardware

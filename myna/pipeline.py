@@ -111,8 +111,7 @@ def outcome(run: Run) -> dict[str, Any]:
             **measured,
         },
         "files": {
-            "adapter": str(run.adapter_dir),
-            "merged": str(run.merged_dir),
+            **{path.name: str(path) for path in (run.adapter_dir, run.merged_dir) if path.is_dir()},
             **files,
             "report": str(run.report_path),
         },

@@ -24,7 +24,7 @@ from myna.model.load import read_config
 from myna.model.sources import PACKAGED, BaseFiles, Say, resolve_base
 from myna.recipe import Recipe, recipe_yaml
 from myna.run import Run, read_json, timestamp, write_json, write_text
-from myna.stored import stored_recipe
+from myna.stored import pinned_base, stored_recipe
 
 DEFAULT_MAX_LENGTH = 2048
 DEFAULT_PACK_TOKENS = 1024  # on a CPU a larger pack is no faster and takes about 1.5 MB more a token
@@ -67,7 +67,7 @@ def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
     Raises DataError, ModelError, RecipeError or MachineError with nothing written but whole files.
     """
     loaded, train, test = _read_rows(recipe, say)
-    base = resolve_base(recipe.model.base, say)
+    base = resolve_base(pinned_base(run, recipe.model.base), say)
     config = read_config(base.folder)
     resolved = _resolve(recipe, run, config)
     # a run keeps the tokenizer and template that it began with
@@ -77,7 +77,7 @@ def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
             "the base has no chat template: a plain one (### User / ### Assistant) is used and kept in the run"
         )
     examples = render_rows(train, tokenizer, resolved, say)
-    test = _short_enough(test, tokenizer, resolved, say)
+    test = short_enough(test, tokenizer, resolved, say)
     plan = _freeze(resolved, config, len(examples))
     inputs = _inputs(resolved, base, loaded, len(test))
     if run.exists():
@@ -125,7 +125,7 @@ def render_rows(
     return examples
 
 
-def _short_enough(
+def short_enough(
     rows: Sequence[Conversation], tokenizer: ChatTokenizer, recipe: Recipe, say: Say
 ) -> list[Conversation]:
     """Held-out rows that fit into data.max_length, which no runtime has to cut; how many do not is said."""
@@ -230,7 +230,7 @@ def _inputs(
         for name, rows in loaded.items()
     }
     return {
-        "base": {"name": base.name, "sha256": base.sha256},
+        "base": base.as_json(),
         "data": files,
         "held_out_rows": num_test,
     }

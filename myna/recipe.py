@@ -111,7 +111,19 @@ class Recipe(Section):
 PATH_KEYS = (("data", "train"), ("data", "test"))
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+class GivenData(DataSettings):
+    """Of a run whose adapter or model Myna did not train: there are no rows that it learnt."""
+
+    train: str = Field("", description="none")
+
+
+class GivenRecipe(Recipe):
+    """The settings of a run that was made from an adapter or a model somebody else trained."""
+
+    data: GivenData = Field(default_factory=GivenData)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = (), *, kind: type[Recipe] = Recipe) -> Recipe:
     """Reads and checks a recipe file; `overrides` are `key.path=value` texts (`--set`), values in YAML.
 
     Relative paths in the file count from the file's folder, those in `overrides` from the current one.
@@ -119,28 +131,37 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     tree = _read_yaml(path)
     _resolve_paths(tree, path.resolve().parent)
-    return build_recipe(tree, overrides, where=path.name)
+    return build_recipe(tree, overrides, where=path.name, kind=kind)
 
 
-def build_recipe(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
+def build_recipe(
+    tree: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    where: str = "recipe",
+    *,
+    kind: type[Recipe] = Recipe,
+) -> Recipe:
     """Checks a tree of settings (as loaded from YAML, or made in Python)."""
     merged: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
     set_here = {_apply_override(merged, text): text for text in overrides}
     try:
-        return Recipe.model_validate(merged)
+        return kind.model_validate(merged)
     except ValidationError as error:
         raise _recipe_error(error, tree, where, set_here) from None
 
 
-def recipe_yaml(recipe: Recipe) -> str:
-    """The recipe with every default written out, as YAML that `load_recipe` reads back equal."""
+def recipe_yaml(recipe: Recipe, *, without: Any = None) -> str:
+    """The recipe with every default written out, as YAML that `load_recipe` reads back equal.
+
+    `without` names blocks and settings to leave out, as pydantic's `exclude` does.
+    """
     import io
 
     stream = io.StringIO()
     yaml = YAML(typ="safe")
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.dump(recipe.model_dump(mode="json"), stream)
+    yaml.dump(recipe.model_dump(mode="json", exclude=without), stream)
     return stream.getvalue()
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from myna.data.conversation import Conversation
 from myna.data.rows import load_conversations
 from myna.errors import RecipeError, UsageError
+from myna.model.hub import PREFIX
 from myna.model.sources import BaseFiles, Say, resolve_base
-from myna.recipe import Recipe, load_recipe
+from myna.recipe import GivenRecipe, Recipe, load_recipe
 from myna.run import Run, run_path
 
 
@@ -22,19 +23,38 @@ def run_of(recipe: Recipe) -> Run:
 
 def stored_recipe(run: Run) -> Recipe:
     """The resolved recipe that a run was made from."""
-    return load_recipe(run.recipe_path)
+    return load_recipe(run.recipe_path, kind=GivenRecipe if is_adopted(run) else Recipe)
+
+
+def is_adopted(run: Run) -> bool:
+    """Whether the run was made from an adapter or a model that Myna did not train (`myna.adopt`)."""
+    return "source" in run.info()
+
+
+def is_whole(run: Run) -> bool:
+    """Whether what the run was made from is a whole model: there is no adapter, and nothing to merge."""
+    return is_adopted(run) and run.info()["source"]["kind"] != "adapter"
 
 
 def run_base(run: Run, say: Say = lambda _: None) -> BaseFiles:
     """The base a run was trained on. RecipeError where what its name leads to now has other weights."""
-    base = resolve_base(stored_recipe(run).model.base, say)
+    base = resolve_base(pinned_base(run, stored_recipe(run).model.base), say)
     if base.sha256 != run.info()["base"]["sha256"]:
         raise RecipeError(
-            f"the weights of the base model {base.name} are not those the run was trained on",
+            f"the weights of {base.name} are not those the run was made with",
             where=str(run.path),
-            help="put the old ones back, or train a new run: --set run.name=NAME",
+            help="put the old ones back, or make a new run under another name",
             code="changed",
         )
+    return base
+
+
+def pinned_base(run: Run, base: str) -> str:
+    """`base` at the commit that the run found its branch or tag to mean; as it stands where it is from no hub."""
+    known = run.info()["base"] if run.exists() else {}
+    repository = base.partition("@")[0]
+    if known.get("commit") and base.startswith(PREFIX) and known["name"].partition("@")[0] == repository:
+        return f"{repository}@{known['commit']}"
     return base
 
 
@@ -47,7 +67,7 @@ def refuse_existing(run: Run) -> None:
             help="--resume goes on with it; --set run.name=NAME starts another",
             code="run-exists",
         )
-    ours = {".lock", "recipe.yaml", "plan.json", "tokenizer", "rows"}
+    ours = {".lock", "recipe.yaml", "plan.json", "tokenizer", "rows", "adapter"}
     names = {path.name for path in run.path.glob("*")}
     # a lock is what a run begins with: without one the files are somebody else's, whatever their names
     others = (
@@ -69,6 +89,26 @@ def held_out(run: Run) -> tuple[Conversation, ...]:
     return load_conversations(run.test_path, format_name="messages").conversations
 
 
+def training_rows(run: Run, max_rows: int) -> tuple[Conversation, ...]:
+    """The first rows of the run's training file, with its system text; none where Myna did not train it."""
+    data = stored_recipe(run).data
+    if not data.train:
+        return ()
+    loaded = load_conversations(
+        Path(data.train), format_name=data.format, columns=data.columns, max_rows=max_rows
+    )
+    return tuple(row.with_system(data.system) for row in loaded.conversations)
+
+
+def require_model(run: Run) -> None:
+    """UsageError naming the command where the whole model of a run is not made yet."""
+    if not is_whole(run):
+        run.require_stage("merge", f"myna merge {run.path}")
+
+
 def model_dir(run: Run) -> Path:
-    """The whole model that a run exports: merged/, or the folder it was given where nothing was trained."""
-    return run.merged_dir
+    """The whole model that a run exports: merged/, or where nothing was to be merged the folder it was made from.
+
+    RecipeError where that folder has other weights now.
+    """
+    return run_base(run).folder if is_whole(run) else run.merged_dir

@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -129,6 +129,23 @@ def print_outcome(console: Console, outcome: Mapping[str, Any], examples: list[M
     for path in ggufs:
         console.print(f"file     {path}", highlight=False)
     console.print(f"chat     [bold]myna chat {escape(shlex.quote(outcome['run']))}[/bold]", highlight=False)
+
+
+def print_findings(console: Console, story: Sequence[tuple[str, str]], findings: Sequence[Any]) -> None:
+    """`verify`: the story, then what was looked at, part by part; digests that hold are counted, not listed."""
+    for what, how in story:
+        console.print(f"{what:<9}{_plain(how)}", highlight=False)
+    colours = {"pass": "green", "fail": "red", "gone": "yellow"}
+    for part in dict.fromkeys(finding.part for finding in findings):
+        of_part = [finding for finding in findings if finding.part == part]
+        console.print(f"\n[bold]{part}[/bold]")
+        for finding in of_part:
+            colour, digest = colours[finding.verdict], finding.detail
+            shown = f"{digest[:16]}…" if len(digest) == 64 and " " not in digest else digest
+            console.print(
+                f"  [{colour}]{finding.verdict:<5}[/] {_plain(finding.name)}  [dim]{_plain(shown)}[/dim]",
+                highlight=False,
+            )
 
 
 def print_error(console: Console, error: MynaError) -> None:

@@ -154,7 +154,7 @@ def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) ->
                 where=str(run.path),
                 help="the same command with --resume goes on",
             )
-    save_adapter(model, run.adapter_dir)
+    save_adapter(model, run.adapter_dir, base_sha256=prepared.base.sha256)
 
 
 def append_metrics(path: Path, report: StepReport) -> None:

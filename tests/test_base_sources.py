@@ -1,17 +1,10 @@
-"""Where a base comes from: the packaged wheel, a .gguf file, and the hub, against a server on this machine."""
+"""Where a base comes from: the packaged wheel and a .gguf file (the hub: test_hub.py)."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import threading
 import zipfile
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -23,8 +16,6 @@ from myna.model import sources
 from myna.model.load import load_base
 from myna.model.sources import PackagedBase, resolve_base
 from myna.run import file_sha256
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -120,100 +111,6 @@ def test_without_the_index_a_packaged_base_says_what_to_do(
     with pytest.raises(MachineError, match=r"tiny-llm==1\.0 could not be fetched") as caught:
         resolve_base("tiny")
     assert "connect" in (caught.value.help or "") and "\n" not in caught.value.message
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's API as a download of one revision asks for."""
-
-    folder: Path
-    asked: list[str]
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, body: bool) -> None:
-        type(self).asked.append(self.path)
-        names = [path.name for path in self.folder.iterdir()] + ["pytorch_model.bin"]
-        if "/api/models/org/tiny/revision/v1" in self.path:
-            info = {"id": "org/tiny", "sha": "a" * 40, "siblings": [{"rfilename": name} for name in names]}
-            self.send(json.dumps(info).encode(), body)
-        elif "/api/models/org/tiny/tree/" in self.path:
-            files = [{"type": "file", "path": n, "size": 1, "oid": "b" * 40} for n in names]
-            self.send(json.dumps(files).encode(), body)
-        elif "/org/tiny/resolve/" in self.path:
-            self.send((self.folder / self.path.rsplit("/", 1)[1]).read_bytes(), body)
-        else:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-    def send(self, content: bytes, body: bool) -> None:
-        import hashlib
-
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", "a" * 40)
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None: ...
-
-
-@pytest.fixture
-def hub(tiny_base: Path) -> Iterator[str]:
-    Hub.folder, Hub.asked = tiny_base, []
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-
-
-RESOLVE = """
-import json, sys
-from myna.errors import MynaError
-from myna.model.sources import resolve_base
-try:
-    found = resolve_base(sys.argv[1])
-    print(json.dumps({"folder": str(found.folder), "name": found.name}))
-except MynaError as error:
-    print(json.dumps({"exit": error.exit_code, **error.as_json()}))
-"""
-
-
-def resolve_in_a_process(base: str, endpoint: str, home: Path) -> dict[str, str]:
-    """huggingface_hub reads its settings when it is imported, so each try is a process."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": endpoint, "HF_HOME": str(home)}
-    command = [sys.executable, "-c", RESOLVE, base]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
-    answer: dict[str, str] = json.loads(done.stdout)
-    return answer
-
-
-def test_a_base_is_fetched_from_the_hub_and_then_kept(hub: str, tmp_path: Path, tiny_base: Path) -> None:
-    found = resolve_in_a_process("hf:org/tiny@v1", hub, tmp_path)
-    folder = Path(found["folder"])
-    assert {path.name for path in folder.iterdir()} == {path.name for path in tiny_base.iterdir()}
-    assert (folder / "model.safetensors").read_bytes() == (tiny_base / "model.safetensors").read_bytes()
-    assert not any("pytorch_model.bin" in path for path in Hub.asked)  # pickled weights are not even fetched
-    assert resolve_in_a_process("hf:org/tiny@v1", "http://127.0.0.1:9", tmp_path) == found
-
-
-def test_the_hub_says_no_in_one_line(hub: str, tmp_path: Path) -> None:
-    absent = resolve_in_a_process("hf:org/other@v1", hub, tmp_path)
-    assert (absent["exit"], absent["code"]) == (3, "model") and "no such repository" in absent["message"]
-    offline = resolve_in_a_process("hf:org/tiny@v1", "http://127.0.0.1:9", tmp_path)
-    assert (offline["exit"], offline["code"]) == (4, "environment") and "cannot be reached" in offline[
-        "message"
-    ]
-    misspelt = resolve_in_a_process("hf:org/tiny/model/x", hub, tmp_path)
-    assert misspelt["exit"] == 3
-    assert all("\n" not in error["message"] for error in (absent, offline, misspelt))
 
 
 @pytest.mark.parametrize(

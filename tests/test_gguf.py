@@ -206,25 +206,71 @@ def refused(
     assert not folder.exists() or not list(folder.iterdir())
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 64}
+GEMMA2 = GEMMA | {"model_type": "gemma2"}
+GEMMA3 = GEMMA | {"model_type": "gemma3_text", "rope_parameters": None}
+PHI3 = {"model_type": "phi3", "original_max_position_embeddings": 64}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 5e5, "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
+FALCON = {"model_type": "falcon", "activation": "gelu", "head_dim": ...}  # ... is left out
+NEOX = {"model_type": "gpt_neox", "hidden_act": "gelu"}
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "gpt_neox"}, "gpt_neox.*llama, mistral, qwen2, qwen3"),
-        ({"hidden_act": "gelu"}, "gelu"),
-        ({"vocab_size": 299, "model_type": "llama", "hidden_size": None}, "no hidden_size"),
+        ({"model_type": "gpt2"}, "gpt2.*llama, mistral, qwen2, qwen3"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu': llama.cpp runs llama with silu"),
+        ({"hidden_size": None}, "its config.json is refused.*hidden_size"),
+        ({"hidden_size": 128}, "hidden_size 128"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}}, "yarn with beta_fast"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}}, "yarn with mscale"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "part of each head"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "each kind of layer"),
-        ({"model_type": "qwen2", "rope_parameters": {"rope_type": "llama3"}}, "llama3.*qwen2"),
+        ({"model_type": "qwen2", "rope_parameters": LLAMA3}, "llama3.*qwen2"),
         ({"num_hidden_layers": 3}, "lacks model.layers.2.input_layernorm.weight"),
         ({"num_hidden_layers": 1}, "has model.layers.1.*no place"),
         ({"model_type": "qwen3"}, "lacks model.layers.0.self_attn.q_norm.weight"),
         ({"tie_word_embeddings": False}, "lacks lm_head.weight"),
         ({"vocab_size": 310}, "not the number of embeddings"),
-        ({"vocab_size": 290}, "ids up to 296"),
+        ({"vocab_size": 290}, "ids up to 296|not the number of embeddings"),
+        (GEMMA2 | {"hidden_activation": "gelu"}, "hidden_activation 'gelu'"),
+        (GEMMA2 | {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+        (GEMMA2 | {"attn_logit_softcapping": None}, "attn_logit_softcapping None"),
+        (GEMMA2 | {"final_logit_softcapping": None}, "final_logit_softcapping None"),
+        (GEMMA2 | {"query_pre_attn_scalar": 256}, "query_pre_attn_scalar 256.* of 2 layers with 64 only"),
+        (GEMMA2 | {"num_hidden_layers": 46, "query_pre_attn_scalar": 99}, "of 46 layers with 64 only"),
+        (GEMMA2 | {"tie_word_embeddings": False}, "tie_word_embeddings False"),
+        (
+            GEMMA2 | {"num_hidden_layers": 4, "layer_types": ["full_attention", "sliding_attention"] * 2},
+            "layer_types full_attention, sliding_attention",
+        ),
+        (GEMMA2 | {"sliding_window": None}, "there is no sliding_window"),
+        (GEMMA3 | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
+        (
+            GEMMA3 | {"rope_parameters": {"sliding_attention": LONGROPE, "full_attention": LLAMA3}},
+            "longrope in sliding_attention",
+        ),
+        (
+            GEMMA3 | {"rope_parameters": {"sliding_attention": None, "full_attention": LLAMA3}},
+            "llama3.*gemma3",
+        ),
+        (PHI3 | {"rope_parameters": LONGROPE | {"long_factor": [2.0] * 31}}, "validate_rope"),
+        (FALCON | {"alibi": True}, "alibi True"),
+        (FALCON | {"bias": True}, "bias True"),
+        (FALCON | {"activation": "relu"}, "activation 'relu'"),
+        (FALCON, "lacks transformer.word_embeddings.weight"),
+        (NEOX | {"hidden_act": "relu"}, "hidden_act 'relu'"),
+        (NEOX | {"rotary_pct": 0.3}, "part of each head"),
     ],
 )
 def test_configs_refused(
@@ -233,7 +279,8 @@ def test_configs_refused(
     changed = tmp_path / "model"
     changed.mkdir()
     (changed / "model.safetensors").symlink_to(model_dir / "model.safetensors")
-    (changed / "config.json").write_text(json.dumps(CONFIG | changes))
+    config = {key: value for key, value in (CONFIG | changes).items() if value is not ...}
+    (changed / "config.json").write_text(json.dumps(config))
     refused(ModelError, said, changed, tokenizer_dir, tmp_path)
 
 

@@ -1,176 +1,15 @@
-"""The encoder against gguf and torch; the mixtures against counts derived by hand from upstream's rules."""
+"""The mixtures: which type each tensor gets, against counts derived by hand from upstream's rules."""
 
 from __future__ import annotations
 
-import _ctypes
 import random
-import tomllib
 from collections import Counter
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import gguf
-import numpy as np
 import pytest
-import torch
 
-from myna.errors import MachineError, ModelError, UsageError
-from myna.export import encoder
-from myna.export.encoder import GGML_TYPES, encode, load_library, probe_row, row_bytes, self_test
+from myna.errors import UsageError
 from myna.export.quantize import QUANT_TYPES, TensorInfo, choose_types, tensor_bytes
-
-QUANTIZED = [name for name, kind in GGML_TYPES.items() if kind.block_size > 1]
-
-
-def rows_of(num_rows: int, num_columns: int, seed: int = 0) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(seed).standard_normal((num_rows, num_columns), np.float32)
-
-
-# --- the encoder
-
-
-@pytest.mark.parametrize("name", GGML_TYPES)
-def test_type_numbers_and_sizes_are_ggufs(name: str) -> None:
-    kind = gguf.GGMLQuantizationType[name]
-    assert GGML_TYPES[name].number == kind.value
-    assert (GGML_TYPES[name].block_size, GGML_TYPES[name].block_bytes) == gguf.GGML_QUANT_SIZES[kind]
-
-
-@pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "Q5_1", "Q8_0"])
-def test_simple_types_have_ggufs_bytes(name: str) -> None:
-    rows = rows_of(9, 96)
-    np.testing.assert_array_equal(
-        encode(rows, name), gguf.quants.quantize(rows, gguf.GGMLQuantizationType[name])
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "bound"), [("Q4_K", 0.09), ("Q5_K", 0.045), ("Q6_K", 0.025), ("Q5_1", 0.05), ("Q8_0", 0.008)]
-)
-def test_blocks_decode_near_their_rows(name: str, bound: float) -> None:
-    rows = rows_of(5, 512)
-    decoded = gguf.quants.dequantize(encode(rows, name), gguf.GGMLQuantizationType[name])
-    assert np.linalg.norm(decoded - rows) / np.linalg.norm(rows) < bound
-
-
-def test_rows_encoded_by_many_threads_are_the_rows_encoded_alone() -> None:
-    rows = rows_of(17, 256)
-    alone = np.concatenate([encode(rows[index : index + 1], "Q4_K") for index in range(17)])
-    np.testing.assert_array_equal(encode(rows, "Q4_K"), alone)
-
-
-@pytest.mark.parametrize(("name", "dtype"), [("BF16", torch.bfloat16), ("F16", torch.float16)])
-def test_half_types_round_as_torch_does(name: str, dtype: torch.dtype) -> None:
-    ties = np.array(
-        [1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, -1e-40, 3e-6, 0.0, -0.0], np.float32
-    )
-    rows = np.concatenate([ties, rows_of(1, 56)[0]])[None]
-    expected = torch.from_numpy(rows).to(dtype).view(torch.int16).numpy()
-    np.testing.assert_array_equal(encode(rows, name).view(np.int16), expected)
-
-
-def test_f32_is_written_as_it_is() -> None:
-    rows = rows_of(2, 7)
-    assert encode(rows, "F32").tobytes() == rows.tobytes()
-
-
-@pytest.mark.parametrize("name", QUANTIZED)
-def test_a_width_that_blocks_do_not_divide_is_refused(name: str) -> None:
-    width = GGML_TYPES[name].block_size + 16
-    with pytest.raises(ModelError, match="do not divide"):
-        encode(rows_of(2, width), name)
-    with pytest.raises(ModelError, match="do not divide"):
-        row_bytes(width, name)
-
-
-@pytest.mark.parametrize(
-    "rows",
-    [rows_of(64, 64).T, rows_of(4, 64)[:, ::2], rows_of(2, 64).astype(np.float64), rows_of(2, 64)[0]],
-    ids=["transposed", "strided", "float64", "vector"],
-)
-def test_rows_that_are_not_contiguous_float32_are_refused(rows: np.ndarray[Any, Any]) -> None:
-    with pytest.raises(ModelError, match="contiguous float32"):
-        encode(rows, "Q8_0")
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", ["F32", "BF16", "Q4_K"])
-def test_values_that_are_not_finite_are_refused(name: str, value: float) -> None:
-    rows = rows_of(2, 256)
-    rows[1, 5] = value
-    with pytest.raises(ModelError, match="not finite"):
-        encode(rows, name)
-
-
-@pytest.mark.parametrize("value", [7e4, -np.finfo(np.float32).max])
-@pytest.mark.parametrize("name", [*QUANTIZED, "F16"])
-def test_values_beyond_a_half_are_refused(name: str, value: float) -> None:
-    """Block scales are halves; of such a value the C code makes infinities or zeros, mostly without a word."""
-    rows = rows_of(2, 256)
-    rows[1, 5] = value
-    with pytest.raises(ModelError, match="larger than"):
-        encode(rows, name)
-
-
-def test_bfloat_holds_all_but_what_rounds_to_infinity() -> None:
-    assert encode(np.full((1, 2), 3.38e38, np.float32), "BF16").view(np.uint16).tolist() == [[0x7F7E, 0x7F7E]]
-    with pytest.raises(ModelError, match="larger than"):
-        encode(np.full((1, 2), np.finfo(np.float32).max), "BF16")
-
-
-def test_the_probe_stands_noise() -> None:
-    """Another compiler's last digits must not make the self-test refuse a sound library."""
-    random_ = np.random.default_rng(1)
-    row = probe_row()
-    for name in QUANTIZED:
-        for _ in range(20):
-            noise = random_.uniform(-3e-7, 3e-7, row.shape)
-            noisy = (row * (1 + noise)).astype(np.float32)
-            np.testing.assert_array_equal(encode(noisy, name), encode(row, name))
-
-
-@pytest.mark.parametrize(
-    ("fault", "said"),
-    [("size", "takes"), ("short", "wrote"), ("bytes", "other bytes"), ("garbage", "relative error")],
-)
-def test_a_library_that_answers_wrongly_is_refused(fault: str, said: str) -> None:
-    sound = encoder._library()
-
-    def quantize(
-        number: int, rows: int, out: int, start: int, num_rows: int, width: int, weights: None
-    ) -> int:
-        written: int = sound.ggml_quantize_chunk(number, rows, out, start, num_rows, width, weights)
-        block = np.ctypeslib.as_array((np.ctypeslib.ctypes.c_uint8 * written).from_address(out))
-        if fault == "bytes":
-            block[-1] ^= 1
-        if fault == "garbage":
-            block[:] = 0
-        return written - (fault == "short")
-
-    library = SimpleNamespace(
-        ggml_quantize_chunk=quantize,
-        ggml_row_size=lambda number, width: sound.ggml_row_size(number, width) + (fault == "size"),
-        ggml_validate_row_data=sound.ggml_validate_row_data,
-    )
-    with pytest.raises(MachineError, match=said) as refused:
-        self_test(library)  # type: ignore[arg-type]
-    assert refused.value.help and "pip install" in refused.value.help
-
-
-def test_a_library_without_the_encoder_names_the_cure() -> None:
-    with pytest.raises(MachineError, match="cannot quantize") as refused:
-        load_library(Path(_ctypes.__file__))
-    assert refused.value.help and "F16" in refused.value.help
-
-
-def test_the_release_named_in_errors_is_the_one_installed() -> None:
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    extras = project.get("optional-dependencies", {}).values()
-    assert encoder.XLLAMACPP in [*project["dependencies"], *(name for extra in extras for name in extra)]
-
-
-# --- the mixtures
 
 
 def model(
@@ -233,7 +72,16 @@ def test_tinyllama_as_q4_k_m() -> None:
         ("Q5_K_M", {"Q5_K": 135, "Q6_K": 21, "F32": 45}),
         ("Q5_K_S", {"Q5_K": 155, "Q6_K": 1, "F32": 45}),
         ("Q4_K_S", {"Q4_K": 149, "Q5_K": 6, "Q6_K": 1, "F32": 45}),  # attn_v of 4 blocks, ffn_down of 2
+        ("Q5_1", {"Q5_1": 155, "Q6_K": 1, "F32": 45}),
+        ("Q5_0", {"Q5_0": 155, "Q6_K": 1, "F32": 45}),
+        ("Q4_1", {"Q4_1": 155, "Q6_K": 1, "F32": 45}),
         ("Q4_0", {"Q4_0": 155, "Q6_K": 1, "F32": 45}),
+        ("IQ4_NL", {"IQ4_NL": 131, "Q5_K": 24, "Q6_K": 1, "F32": 45}),  # every attn_v, ffn_down of 2
+        ("IQ4_XS", {"IQ4_XS": 131, "Q5_K": 24, "Q6_K": 1, "F32": 45}),
+        ("Q3_K_L", {"Q3_K": 89, "Q5_K": 66, "Q6_K": 1, "F32": 45}),  # attn_v, attn_output, ffn_down
+        ("Q3_K_M", {"Q3_K": 89, "Q4_K": 63, "Q5_K": 3, "Q6_K": 1, "F32": 45}),  # attn_v of 2, ffn_down of 1
+        ("Q3_K_S", {"Q3_K": 155, "Q6_K": 1, "F32": 45}),
+        ("Q2_K", {"Q2_K": 89, "Q3_K": 44, "Q4_K": 22, "Q6_K": 1, "F32": 45}),
     ],
 )
 def test_every_mixture_of_an_untied_model(file_type: str, counts: dict[str, int]) -> None:
@@ -286,12 +134,91 @@ def test_widths_that_no_block_divides() -> None:
     types = choose_types(model(2, 64, 80, 64), "Q4_K_M", "llama")
     assert types["blk.0.ffn_down.weight"] == "F16"
     assert types["blk.0.attn_q.weight"] == "Q5_0"
-    with pytest.raises(ModelError, match=r"blk\.0\.ffn_down\.weight.*80"):
-        choose_types(model(2, 64, 80, 64), "Q8_0", "llama")
-    with pytest.raises(
-        ModelError, match=r"output\.weight.*48"
-    ):  # the head falls back to Q8_0, and that to none
-        choose_types(model(2, 48, 64, 64), "Q4_K_M", "llama")
+    for file_type in ("Q8_0", "Q4_0", "Q5_1", "IQ4_NL"):
+        assert choose_types(model(2, 64, 80, 64), file_type, "llama")["blk.0.ffn_down.weight"] == "F16"
+    types = choose_types(model(2, 48, 64, 64), "Q4_K_M", "llama")
+    assert types["output.weight"] == "F16"  # the head falls back to Q8_0, and that to what takes any width
+
+
+@pytest.mark.parametrize(
+    ("file_type", "body"),
+    [("Q2_K", "Q4_0"), ("Q3_K_S", "Q4_0"), ("IQ4_XS", "IQ4_NL"), ("IQ4_NL", "IQ4_NL"), ("Q4_1", "Q4_1")],
+)
+def test_what_small_types_fall_back_to(file_type: str, body: str) -> None:
+    assert choose_types(SMOLLM2, file_type, "llama")["blk.9.attn_q.weight"] == body
+
+
+def test_importance_changes_the_first_ffn_downs() -> None:
+    """Q4_0 and Q5_0 get a safer type there, the IQ4 types need none any more."""
+    weighed = {tensor.name for tensor in TINYLLAMA}
+    for file_type, plain, changed in [
+        ("Q4_0", "Q4_0", "Q4_1"),
+        ("Q5_0", "Q5_0", "Q5_1"),
+        ("IQ4_XS", "Q5_K", "IQ4_XS"),
+        ("IQ4_NL", "Q5_K", "IQ4_NL"),
+    ]:
+        without = choose_types(TINYLLAMA, file_type, "llama")
+        with_importance = choose_types(TINYLLAMA, file_type, "llama", importance=weighed)
+        changes = {name for name in without if without[name] != with_importance[name]}
+        assert changes == {f"blk.{i}.ffn_down.weight" for i in (0, 1)}
+        assert {without[name] for name in changes} == {plain}
+        assert {with_importance[name] for name in changes} == {changed}
+
+
+def test_q2_k_s_needs_importance_for_each_of_its_tensors() -> None:
+    blocks = {tensor.name for tensor in TINYLLAMA if tensor.name.startswith("blk.")}
+    types = choose_types(TINYLLAMA, "Q2_K_S", "llama", importance=blocks)
+    assert Counter(types.values()) == {"F32": 45, "Q2_K": 131, "Q4_K": 24, "Q6_K": 1}
+    for importance in (None, blocks - {"blk.7.ffn_up.weight"}):
+        with pytest.raises(UsageError, match="importance") as refused:
+            choose_types(TINYLLAMA, "Q2_K_S", "llama", importance=importance)
+        assert refused.value.help and "export.importance" in refused.value.help
+    assert "blk.7.ffn_up.weight" in refused.value.message
+
+
+def fused(architecture: str, queries: int, keys: int, layers: int = 32) -> dict[str, str]:
+    """Types of a Q4_K_M, Q3_K_M or Q2_K with attn_qkv, by `file_type:tensor`."""
+    shapes = {
+        "attn_qkv": (64 * (queries + 2 * keys), 2048),
+        "attn_output": (2048, 64 * queries),
+        "ffn_up": (8192, 2048),
+        "ffn_down": (2048, 8192),
+    }
+    tensors = [TensorInfo("token_embd.weight", (32000, 2048))]
+    tensors += [
+        TensorInfo(f"blk.{layer}.{name}.weight", shape)
+        for layer in range(layers)
+        for name, shape in shapes.items()
+    ]
+    found = {}
+    for file_type in ("Q4_K_M", "Q3_K_M", "Q2_K"):
+        for name, kind in choose_types(tensors, file_type, architecture).items():
+            found[f"{file_type}:{name.removesuffix('.weight')}"] = kind
+    return found
+
+
+def test_a_fused_qkv_is_worth_what_its_values_are() -> None:
+    found = fused("phi3", 32, 32)
+    assert [found[f"Q4_K_M:blk.{i}.attn_qkv"] for i in (0, 4, 5, 6, 31)] == [
+        "Q6_K",
+        "Q4_K",
+        "Q4_K",
+        "Q6_K",
+        "Q6_K",
+    ]
+    assert [found[f"Q3_K_M:blk.{i}.attn_qkv"] for i in (0, 1, 2)] == ["Q5_K", "Q5_K", "Q4_K"]
+    assert found["Q2_K:blk.9.attn_qkv"] == "Q3_K"  # no head shares its values with another
+    assert fused("phi3", 32, 8)["Q2_K:blk.9.attn_qkv"] == "Q4_K"  # four do
+    assert fused("phi3", 30, 10)["Q2_K:blk.9.attn_qkv"] == "Q3_K"
+
+
+def test_falcon_has_rules_of_its_own() -> None:
+    found = fused("falcon", 32, 1)
+    downs = [found[f"Q4_K_M:blk.{i}.ffn_down"] for i in (0, 1, 2, 3, 4, 6, 31)]
+    assert downs == ["Q6_K", "Q6_K", "Q5_K", "Q5_K", "Q4_K", "Q5_K", "Q5_K"]
+    assert [found[f"Q3_K_M:blk.{i}.ffn_down"] for i in (1, 2, 4)] == ["Q5_K", "Q4_K", "Q3_K"]
+    assert found["Q3_K_M:blk.0.attn_output"] == "Q3_K" and found["Q2_K:blk.0.attn_output"] == "Q2_K"
+    assert found["Q4_K_M:token_embd"] == "Q8_0"
 
 
 def test_biases_norms_and_single_rows_stay_f32() -> None:

@@ -13,8 +13,8 @@ from myna.evaluate.chart import MAX_POINTS, loss_points, moving_mean, ticks
 from myna.evaluate.page import tag, text
 from myna.evaluate.report import write_report
 from myna.evaluate.run_files import read_metrics
-from myna.evaluate.scorers import wilson_interval
 from myna.evaluate.words import duration, four_decimals, power
+from myna.interval import wilson_interval
 
 HOSTILE = "\"'><img src=http://x.example/a onerror=alert(1)>&amp;<script>1</script>\ud800"
 

@@ -12,8 +12,8 @@ from myna.evaluate.scorers import (
     field_f1_applies,
     score_answers,
     token_f1,
-    wilson_interval,
 )
+from myna.interval import wilson_interval
 
 ORDER = '{"item": "paint brushes", "quantity": 435, "to": {"city": "Bergen", "tags": ["a", "b"]}}'
 

@@ -10,11 +10,19 @@ from typing import Any
 import gguf
 import pytest
 from tiny_gguf import CONFIG, VOCAB_SIZE, write_tokenizer
+from tiny_tokenizers import write_family_tokenizer
 from tokenizers import Tokenizer
 
 from myna.errors import ModelError
-from myna.export.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED, read_vocabulary
-from myna.model.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer_json, pre_tokenizer_name
+from myna.export.tokens import CONTROL, NORMAL, UNUSED, USER_DEFINED
+from myna.export.vocabulary import read_vocabulary, shown_name
+from myna.model.pre_tokenizers import (
+    ALIASES,
+    PRE_TOKENIZERS,
+    known_name,
+    pre_tokenizer_json,
+    pre_tokenizer_name,
+)
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +117,9 @@ _SPECIAL = {"SpecialToken": {"id": "<call>", "type_id": 0}}
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model__type": "Unigram"}, "Unigram; only byte-level BPE"),
+        ({"model__type": "Unigram"}, "Unigram; only BPE, byte-level or SentencePiece's"),
         ({"model__type": "WordPiece"}, "WordPiece"),
-        ({"model__byte_fallback": True}, "byte_fallback"),
+        ({"model__byte_fallback": True}, "Sequence.* are not among those of SentencePiece"),
         ({"model__dropout": 0.1}, "dropout"),
         ({"model__ignore_merges": True}, "pre_tokenizer is none"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "known are smollm, gpt-2"),
@@ -120,6 +128,9 @@ _SPECIAL = {"SpecialToken": {"id": "<call>", "type_id": 0}}
         ({"post_processor": {"type": "RobertaProcessing"}}, "RobertaProcessing"),
         ({"post_processor": {"type": "TemplateProcessing", "single": [_SPECIAL]}}, "<call>"),
         ({"model__merges": ["a b c"]}, "no pair"),
+        ({"model__merges": [["a", "b c"]]}, "no pair"),
+        ({"added_tokens": [{"id": 290, "content": "a", "special": True}]}, "'a' has two ids"),
+        ({"model__vocab": {"a": 0, "b": 0}}, "id 0 stands for both 'a' and 'b'"),
     ],
 )
 def test_tokenizers_refused(changes: dict[str, Any], said: str, tokenizer_dir: Path, tmp_path: Path) -> None:
@@ -139,7 +150,11 @@ def test_pre_tokenizers_are_known_both_ways(pre: str, tmp_path: Path) -> None:
     """As tokenizers itself writes them, whatever it adds or leaves out."""
     value = write_tokenizer(tmp_path, pre)
     assert pre_tokenizer_name(value["pre_tokenizer"], value["model"]["ignore_merges"]) == pre
-    assert read_vocabulary(tmp_path, CONFIG).pre == pre
+    if PRE_TOKENIZERS[pre].unlike:
+        with pytest.raises(ModelError, match=f"the pre_tokenizer is {pre}; llama.cpp"):
+            read_vocabulary(tmp_path, CONFIG)
+    else:
+        assert read_vocabulary(tmp_path, CONFIG).pre == pre
 
 
 def test_pre_tokenizers_that_cut_alike_have_one_name() -> None:
@@ -151,3 +166,57 @@ def test_pre_tokenizers_that_cut_alike_have_one_name() -> None:
     )
     assert pre_tokenizer_name(bytes_ | {"add_prefix_space": True}) is None
     assert pre_tokenizer_json("who-knows") is None
+
+
+def test_all_but_the_matches_removed_is_the_matches_isolated() -> None:
+    """As tokenizers made from tiktoken's have it; only where one pattern matches all there is."""
+    qwen2 = json.loads(json.dumps(PRE_TOKENIZERS["qwen2"].value))
+    qwen2["pretokenizers"][0] |= {"behavior": "Removed", "invert": True}
+    assert pre_tokenizer_name(qwen2) == "qwen2"
+    several = json.loads(json.dumps(PRE_TOKENIZERS["deepseek-v3"].value))
+    several["pretokenizers"][0] |= {"behavior": "Removed", "invert": True}
+    assert pre_tokenizer_name(several) is None
+
+
+def test_other_names_lead_to_a_line_of_the_table() -> None:
+    others = [other for names in ALIASES.values() for other in names]
+    assert set(ALIASES) <= set(PRE_TOKENIZERS) and len(others) == len(set(others))
+    assert not set(others) & set(PRE_TOKENIZERS)
+    assert (known_name("llama3"), known_name("olmo"), known_name("qwen2")) == ("llama-bpe", "gpt-2", "qwen2")
+    assert known_name("default") is None
+
+
+def test_what_closes_a_turn_is_named_where_it_is_not_the_end_token(
+    tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    folder = changed_tokenizer(tmp_path / "t", tokenizer_dir)
+    assert read_vocabulary(folder, CONFIG).turn_end_id is None
+    turns = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + TURN_END }}{% endfor %}"
+    for text, turn_end in (("'</s>'", None), ("'<s>'", 0)):
+        (folder / "chat_template.jinja").write_text(turns.replace("TURN_END", text))
+        assert read_vocabulary(folder, CONFIG).turn_end_id == turn_end
+    (folder / "chat_template.jinja").unlink()
+    assert read_vocabulary(folder, CONFIG).turn_end_id is None
+
+
+def test_a_row_without_a_token_never_takes_the_name_of_one(tokenizer_dir: Path, tmp_path: Path) -> None:
+    added = [{"id": 296, "content": "[PAD298]", "special": False}]
+    folder = changed_tokenizer(tmp_path / "t", tokenizer_dir, added_tokens=added)
+    assert read_vocabulary(folder, CONFIG).tokens[296:] == ("[PAD298]", "[PAD297]", "[PAD298]_", "[PAD299]")
+
+
+def test_only_a_phi3_tokenizer_has_a_name_that_says_so(tokenizer_dir: Path, tmp_path: Path) -> None:
+    plain = read_vocabulary(tokenizer_dir, CONFIG)
+    assert [shown_name(name, plain) for name in ("orders", "my-phi3", "Phi-3.5 orders")] == [
+        "orders",
+        "my-phi 3",
+        "Phi 3.5 orders",
+    ]
+    write_family_tokenizer(tmp_path, "phi3")
+    phi3 = read_vocabulary(tmp_path, {"vocab_size": 651})
+    assert phi3.strips_behind
+    assert [shown_name(name, phi3) for name in ("orders", "my-phi3", "Phi-3.5 orders")] == [
+        "orders (Phi-3)",
+        "my-phi3",
+        "Phi-3.5 orders",
+    ]

@@ -19,6 +19,8 @@ def serve(settings: dict[str, Any]) -> str:
 
     params = xllamacpp.CommonParams()
     params.model.path = settings["model"]
+    if settings["adapter"]:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(settings["adapter"], 1.0)]
     params.hostnames = [settings["host"]]
     params.port = settings["port"]
     params.api_keys = [settings["key"]]

@@ -33,11 +33,13 @@ Float32 = npt.NDArray[np.float32]
 class LlamaCppBackend:
     """A .gguf file behind the Backend protocol. Children start when first needed and end with `close`.
 
-    `context` is the longest prompt and answer together, in tokens; `parallel` how many are answered at once.
+    `context` is the longest prompt and answer together, in tokens; `parallel` how many are answered at once;
+    `adapter` a LoRA's file (`write_adapter_gguf`) that is added to the model of `path`.
     """
 
-    def __init__(self, path: Path, *, context: int, parallel: int = 1) -> None:
+    def __init__(self, path: Path, *, context: int, parallel: int = 1, adapter: Path | None = None) -> None:
         self.path = path
+        self.adapter = adapter
         self.context = context
         self.parallel = parallel
         self._children: dict[str, Child] = {}
@@ -57,6 +59,7 @@ class LlamaCppBackend:
                 embedding=scoring,
                 # embeddings come for one physical batch: the whole sequence must fit in it
                 batch=max(512, self.context) if scoring else 512,
+                adapter=self.adapter,
             )
         return self._children[purpose]
 
@@ -105,6 +108,8 @@ class LlamaCppBackend:
         self._require_fits(len(token_ids) - 1)
         hidden_Td = self._hidden(token_ids)
         logits_TV = hidden_Td @ self._head_Vd.T
+        if self._logit_cap:
+            logits_TV = self._logit_cap * np.tanh(logits_TV / self._logit_cap)
         logits_TV -= logits_TV.max(axis=1, keepdims=True)
         logits_TV -= np.log(np.exp(logits_TV).sum(axis=1, keepdims=True))
         return logits_TV
@@ -169,7 +174,7 @@ class LlamaCppBackend:
 
     @cached_property
     def _head_Vd(self) -> Float32:
-        """The file's output head (the token embedding where they are tied), decoded."""
+        """The file's output head (the token embedding where they are tied), decoded, with the adapter's part in it."""
         from gguf import GGUFReader
         from gguf.quants import dequantize
 
@@ -177,7 +182,33 @@ class LlamaCppBackend:
         head = tensors.get("output.weight", tensors.get("token_embd.weight"))
         if head is None:
             raise ModelError("has neither output.weight nor token_embd.weight", where=str(self.path))
-        return np.asarray(dequantize(head.data, head.tensor_type), dtype=np.float32)
+        head_Vd = np.asarray(dequantize(head.data, head.tensor_type), dtype=np.float32)
+        return head_Vd + _head_delta(self.adapter) if self.adapter else head_Vd
+
+    @cached_property
+    def _logit_cap(self) -> np.float32 | None:
+        """c of Gemma's c·tanh(logit / c); None where the file's model has no such cap."""
+        from gguf import GGUFReader
+
+        fields = GGUFReader(self.path).fields
+        architecture = fields["general.architecture"].contents()
+        field = fields.get(f"{architecture}.final_logit_softcapping")
+        if field is None:  # llama.cpp's own value for a file of this architecture that does not say
+            return np.float32(30.0) if architecture == "gemma2" else None
+        return np.float32(field.contents()) or None
+
+
+def _head_delta(adapter: Path) -> Float32 | np.float32:
+    """[V, d] what an adapter's file (in float32) adds to the head: alpha / r · B @ A, or 0."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(adapter)
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    if "output.weight.lora_a" not in tensors:
+        return np.float32(0)
+    a_rd, b_Vr = tensors["output.weight.lora_a"], tensors["output.weight.lora_b"]
+    delta_Vd: Float32 = b_Vr @ a_rd * np.float32(reader.fields["adapter.lora.alpha"].contents() / len(a_rd))
+    return delta_Vd
 
 
 def _stream(child: Child, prompt: Sequence[int], sampling: Sampling, index: int) -> Iterator[int]:

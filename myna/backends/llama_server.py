@@ -103,9 +103,19 @@ class Child:
 
 
 def start_child(
-    model: Path, *, context: int, parallel: int, threads: int, embedding: bool, batch: int
+    model: Path,
+    *,
+    context: int,
+    parallel: int,
+    threads: int,
+    embedding: bool,
+    batch: int,
+    adapter: Path | None = None,
 ) -> Child:
-    """Starts llama.cpp on a file and waits until it answers. ModelError where it refuses the file."""
+    """Starts llama.cpp on a file, with a LoRA's file beside it if there is one, and waits until it answers.
+
+    ModelError where it refuses the files.
+    """
     folder = Path(tempfile.mkdtemp(prefix="myna-"))
     if len(str(folder)) > LONGEST_SOCKET_FOLDER and Path("/tmp").is_dir():
         folder.rmdir()
@@ -114,6 +124,7 @@ def start_child(
     has_unix = hasattr(socket, "AF_UNIX")
     settings = {
         "model": str(model.resolve()),
+        "adapter": str(adapter.resolve()) if adapter else None,
         "host": str(folder / "s.sock") if has_unix else "127.0.0.1",
         "port": 8080 if has_unix else _free_port(),
         "key": key,

@@ -7,26 +7,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from myna.adapters.its_base import adapter_base
+from myna.adopt import adapter_tokenizer, find_given, kind_of
 from myna.backends.llama_cpp import LlamaCppBackend
 from myna.backends.text import TextModel
 from myna.data.render import load_chat_tokenizer
 from myna.errors import ModelError, UsageError
-from myna.model.sources import PACKAGED, Say, cache_dir, resolve_base
+from myna.model.headers import check_gguf_file
+from myna.model.sources import Say, cache_dir
 from myna.recipe import Recipe
 from myna.run import RUNS_DIR, Run, file_sha256, new_directory, run_files
-from myna.stored import run_base, stored_recipe
+from myna.stored import is_whole, run_base, stored_recipe
 
 CHAT_CONTEXT = 4096  # tokens of a conversation that llama.cpp keeps; a model that reads fewer keeps fewer
 
 
 @contextmanager
-def open_text_model(target: str, say: Say, *, file_type: str | None = None) -> Iterator[TextModel]:
+def open_text_model(
+    target: str, say: Say, *, file_type: str | None = None, base: str | None = None
+) -> Iterator[TextModel]:
     """Opens `target` and closes it at the end.
 
     A run answers by its exported file (`file_type`, else the first of its recipe that is there), and before any
-    export by base + adapter through torch. UsageError where `target` is nothing of the kind.
+    export by base + adapter through torch; so does an adapter folder, on `base` or on the one that its config names.
+    UsageError where `target` is nothing of the kind.
     """
-    run = _run(target)
+    run = None if base is not None and kind_of(target) == "adapter" else _run(target)
+    if base is not None and (run is not None or kind_of(target) in ("model", "gguf")):
+        raise UsageError(f"--base is for an adapter folder; {target} is {'a run' if run else 'none'}")
     if run is not None:
         with _open_run(run, say, file_type) as model:
             yield model
@@ -37,14 +45,13 @@ def open_text_model(target: str, say: Say, *, file_type: str | None = None) -> I
         with _open_file(Path(target)) as model:
             yield model
         return
-    if not (target in PACKAGED or target.startswith("hf:") or Path(target).is_dir()):
-        known = sorted(path.parent.name for path in RUNS_DIR.glob("*/run.json"))
-        raise UsageError(
-            f"{target} is no run, no .gguf file and no base model",
-            help=f"runs here: {', '.join(known) or 'none'}; base models: {', '.join(PACKAGED)}",
-        )
-    base = resolve_base(target, say)
-    yield TextModel(_torch(base.folder, None, target), load_chat_tokenizer(base.folder))
+    given = find_given(target, say, adapters_only=base is not None)
+    if given.kind != "adapter":
+        yield TextModel(_torch(given.folder, None, target), load_chat_tokenizer(given.folder))
+        return
+    _, found = adapter_base(given.folder, base, say)
+    tokenizer = adapter_tokenizer(given.folder, found.folder)
+    yield TextModel(_torch(found.folder, given.folder, given.name), tokenizer)
 
 
 def _run(target: str) -> Run | None:
@@ -61,15 +68,17 @@ def _open_run(run: Run, say: Say, file_type: str | None) -> Iterator[TextModel]:
         with _llama(chosen) as backend:
             yield TextModel(backend, tokenizer, recipe.data.system)
         return
-    if run.stage("train") is None:
+    if not is_whole(run) and run.stage("train") is None:
         raise UsageError(
             "the run is not trained yet",
             where=str(run.path),
             help="`myna train RECIPE --resume` goes on with it",
         )
-    say(f"{run.name}: base + adapter through torch (no file is exported yet)")
+    what = "the model it was made from" if is_whole(run) else "base + adapter"
+    say(f"{run.name}: {what} through torch (no file is exported yet)")
     base = run_base(run, say)
-    yield TextModel(_torch(base.folder, run.adapter_dir, run.name), tokenizer, recipe.data.system)
+    adapter_dir = None if is_whole(run) else run.adapter_dir
+    yield TextModel(_torch(base.folder, adapter_dir, run.name), tokenizer, recipe.data.system)
 
 
 def _chosen_file(run: Run, recipe: Recipe, file_type: str | None) -> Path | None:
@@ -89,6 +98,7 @@ def _open_file(path: Path) -> Iterator[TextModel]:
     """A .gguf file; one that lies in a run speaks with that run's tokenizer and system text."""
     if not path.is_file():
         raise ModelError("there is no such file", where=str(path))
+    check_gguf_file(path)
     run = Run(path.resolve().parent.parent)
     with _llama(path) as backend:
         if run.exists():
@@ -100,7 +110,7 @@ def _open_file(path: Path) -> Iterator[TextModel]:
 
 def gguf_tokenizer_dir(path: Path) -> Path:
     """The tokenizer inside a .gguf file as a folder, made once and kept in the cache under the file's digest."""
-    from myna.model.gguf_base import write_gguf_tokenizer
+    from myna.model.gguf_tokenizer import write_gguf_tokenizer
 
     folder = cache_dir() / "tokenizers" / file_sha256(path)[:16]
     if not folder.is_dir():

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from myna.errors import ModelError
 
+PIECES = 16  # of a rendering, between two counts of what it has written
+MAX_TEMPLATE = 65_536  # characters; the longest known has 30,000
 # Used where a base model brings no template of its own; it is written into the run like any other, and said aloud.
 PLAIN_TEMPLATE = (
     "{% if bos_token is defined and bos_token %}{{ bos_token }}{% endif %}"
@@ -21,42 +26,82 @@ PLAIN_TEMPLATE = (
 
 
 def read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The folder's chat template: chat_template.jinja, else the entry in tokenizer_config.json (the `default` one)."""
+    """The folder's chat template: chat_template.jinja, else the entry in tokenizer_config.json (the `default` one).
+
+    Raises ModelError where it is no text.
+    """
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        if path.stat().st_size > 4 * MAX_TEMPLATE:
+            raise ModelError(
+                f"has {path.stat().st_size:,} bytes: no chat template is so long", where=str(path)
+            )
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ModelError(f"is not UTF-8: {error}", where=str(path)) from None
     template = config.get("chat_template")
     if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
     return template if isinstance(template, str) else None
 
 
-def compile_template(text: str) -> Any:
-    """Compiles with the environment that transformers gives templates (utils/chat_template_utils.py)."""
-    import json
-    from datetime import datetime
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A compiled template. It is rendered by one thread at a time: the environment keeps the account of one rendering."""
 
-    import jinja2
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    environment: Any
+    compiled: Any
+    lock: threading.Lock
 
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
+    def render(self, **variables: Any) -> str:
+        """The template's text. ModelError where the template refuses, fails, takes too long or makes too much."""
+        with self.lock:
+            self.environment.start(variables)
+            try:
+                context = self.compiled.new_context(variables)
+                return self._text(context)
+            except Exception as error:  # a template is a program: what it raises is anything
+                raise ModelError(f"the chat template refuses a conversation: {_reason(error)}") from error
 
-    def to_json(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def _text(self, context: Any) -> str:
+        """What the template writes, counted before it is joined: together it could be more than memory holds."""
+        pieces: list[str] = []
+        writing = self.compiled.root_render_func(context)
+        while some := list(itertools.islice(writing, PIECES)):
+            pieces += some
+            self.environment.charge(sum(map(len, some)))
+        return "".join(pieces)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+
+def compile_template(text: str) -> ChatTemplate:
+    """Compiles for the environment that transformers gives templates (utils/chat_template_utils.py), with limits.
+
+    Raises ModelError where the template is no Jinja, or uses what a chat template has no use for.
+    """
+    from myna.data.sandbox import BoundedEnvironment
+
     # transformers marks assistant text with {% generation %}; here the borders are found otherwise, so the tag becomes
     # a block that changes nothing and keeps its white-space control
+    if len(text) > MAX_TEMPLATE:
+        raise ModelError(
+            f"the chat template has {len(text):,} characters; at most {MAX_TEMPLATE:,} are compiled"
+        )
     text = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", text)
     text = re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", text)
+    environment = BoundedEnvironment()
     try:
-        return environment.from_string(text)
-    except jinja2.TemplateSyntaxError as error:
-        raise ModelError(f"the chat template is not valid Jinja: {error}") from error
+        return ChatTemplate(environment, environment.from_string(text), threading.Lock())
+    except (
+        Exception
+    ) as error:  # Jinja's own errors, and Python's where the code it writes is nested too deeply
+        raise ModelError(f"the chat template is not valid Jinja: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """One line, however much the template's author had to say."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply, or calls itself for ever"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]

@@ -11,6 +11,7 @@ from typing import Any
 from myna.errors import DataError
 from myna.recipe import Recipe, load_recipe
 from myna.run import Run, read_json
+from myna.stored import stored_recipe
 
 Entry = Mapping[str, Any]
 
@@ -32,7 +33,7 @@ def read_run_files(run: Run) -> RunFiles:
     return RunFiles(
         run=run,
         info=_read_optional(run.path / "run.json"),
-        recipe=load_recipe(run.recipe_path) if run.recipe_path.exists() else None,
+        recipe=_read_recipe(run),
         metrics=read_metrics(run.metrics_path) if run.metrics_path.exists() else (),
         evaluation=_read_optional(run.evaluation_path),
         parity=_read_optional(run.parity_path),
@@ -53,6 +54,12 @@ def read_metrics(path: Path) -> tuple[dict[str, Any], ...]:
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"is no line of metrics: {error}", where=f"{path}:{number}") from None
     return tuple(by_step.values())
+
+
+def _read_recipe(run: Run) -> Recipe | None:
+    if not run.recipe_path.exists():
+        return None
+    return stored_recipe(run) if run.exists() else load_recipe(run.recipe_path)
 
 
 def _read_optional(path: Path) -> dict[str, Any] | None:

@@ -6,12 +6,13 @@ A scorer is a function of two texts, `(answer, expected) -> float in [0, 1]`, li
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+
+from myna.interval import wilson_interval
 
 Pair = tuple[tuple[str | int, ...], tuple[str, Any]]
 """A key path and the value found there, with its JSON type so that `true` is not `1`."""
@@ -106,23 +107,6 @@ SCORERS: Final[Mapping[str, Scorer]] = {
     ),
     "token_f1": Scorer(token_f1, "F1 over the words: for free text", bool),
 }
-
-
-def wilson_interval(num_right: int, num_rows: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """The score interval of a share (Wilson 1927), 95 % at the default `z`; (0, 1) where nothing was seen.
-
-    Unlike the plain normal interval it is honest at 0 and 100 % and for few rows.
-    """
-    assert 0 <= num_right <= num_rows, (num_right, num_rows)
-    if num_rows == 0:
-        return (0.0, 1.0)
-    share, weight = num_right / num_rows, z * z / num_rows
-    centre = (share + weight / 2) / (1 + weight)
-    half = z * math.sqrt(share * (1 - share) / num_rows + weight / (4 * num_rows)) / (1 + weight)
-    # At the ends the formula gives 0 and 1 exactly; rounding may not.
-    low = 0.0 if num_right == 0 else max(0.0, centre - half)
-    high = 1.0 if num_right == num_rows else min(1.0, centre + half)
-    return (low, high)
 
 
 def score_answers(answers: Sequence[str], expected: Sequence[str]) -> Scores:

@@ -33,12 +33,14 @@ _MAX_EXAMPLES: Final = 3
 def headline(files: RunFiles) -> Html:
     """Name, what went in, and one sentence: did it help?"""
     info = files.info or {}
-    adapter = files.recipe.adapter if files.recipe else None
+    source = info.get("source")
+    adapter = files.recipe.adapter if files.recipe and source is None else None
     num_rows = info.get("data", {}).get("train", {}).get("rows")
     parts = [
         info.get("base", {}).get("name"),
         f"{count(num_rows)} rows" if num_rows is not None else None,
         f"{adapter.method} r {adapter.r}, alpha {adapter.alpha:g}" if adapter else None,
+        f"not trained here: {source['kind']} {source['path']}" if source else None,
         date(info["created"]) if "created" in info else None,
     ]
     by = paragraph(text(" · ".join(str(part) for part in parts if part)), class_="by")

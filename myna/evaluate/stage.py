@@ -21,7 +21,7 @@ from myna.export.card import model_card
 from myna.recipe import Recipe
 from myna.run import Run, file_sha256, lock_run, read_json, run_files, write_json, write_text
 from myna.show import Show
-from myna.stored import held_out, run_base, stored_recipe
+from myna.stored import held_out, is_whole, require_model, run_base, stored_recipe
 
 PARALLEL_ANSWERS = 8  # prompts that llama.cpp answers at once: 157 tokens/s on two cores, 97 one by one
 
@@ -42,7 +42,7 @@ def evaluate_stage(run: Run, *, show: Show | None = None, again: bool = False) -
     Returns what it wrote to evaluation.json; empty where no rows are held out.
     """
     show = show or Show()
-    run.require_stage("merge", f"myna merge {run.path}")
+    require_model(run)
     recipe = stored_recipe(run)
     rows = held_out(run)[: recipe.evaluate.max_rows]
     if not rows:
@@ -94,16 +94,21 @@ def _candidates(
     max_tokens: int,
     show: Show,
 ) -> Iterator[Candidate]:
-    """Base and tuned through torch, then every exported file through llama.cpp, the largest first."""
+    """Base and tuned through torch, then every exported file through llama.cpp, the largest first.
+
+    A whole model that was given is one candidate, "model": nothing was tuned that it could be told from.
+    """
     base = run_base(run)
     base_bytes = _weights_bytes(base.folder)
-    yield Candidate("base", base.sha256, base_bytes, lambda: _torch_backend(base.folder, "fp32", "base"))
-    dtype = recipe.export.dtype
-    tuned_digest = f"{run.require_stage('train', 'myna train')['adapter_sha256']} {base.sha256} {dtype}"
-    merged_bytes = _weights_bytes(run.merged_dir)
-    yield Candidate(
-        "tuned", tuned_digest, merged_bytes, lambda: _torch_backend(run.merged_dir, dtype, "tuned")
-    )
+    name = "model" if is_whole(run) else "base"
+    yield Candidate(name, base.sha256, base_bytes, lambda: _torch_backend(base.folder, "fp32", name))
+    if not is_whole(run):
+        dtype = recipe.export.dtype
+        tuned_digest = f"{run.require_stage('train', 'myna train')['adapter_sha256']} {base.sha256} {dtype}"
+        merged_bytes = _weights_bytes(run.merged_dir)
+        yield Candidate(
+            "tuned", tuned_digest, merged_bytes, lambda: _torch_backend(run.merged_dir, dtype, "tuned")
+        )
     context = max(len(render_prompt(row.prompt(), tokenizer)) for row in rows) + max_tokens + 8
     for file_type, entry in sorted(run_files(run).items(), key=lambda item: -item[1]["bytes"]):
         if not (run.path / entry["path"]).is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from myna.recipe import Recipe
@@ -12,16 +13,7 @@ from myna.run import Run, read_json
 def model_card(run: Run, recipe: Recipe) -> str:
     """The card as Markdown, from the run's own files; what was not measured is not claimed."""
     info = run.info()
-    adapter, train = recipe.adapter, recipe.train
-    lines = [
-        f"# {run.name}",
-        "",
-        f"A {adapter.method} adapter (r {adapter.r}, alpha {adapter.alpha:g}) on `{info['base']['name']}`, "
-        f"trained with Myna {info['versions']['myna']} on {info['data']['train']['rows']} rows "
-        f"({train.epochs} epoch{'s' if train.epochs > 1 else ''}, {train.batch_size} rows a step, "
-        f"learning rate {train.learning_rate:g}).",
-        "",
-    ]
+    lines = [f"# {run.name}", "", _given(info) if "source" in info else _trained(info, recipe), ""]
     if run.evaluation_path.is_file():
         lines += _evaluation(read_json(run.evaluation_path))
     if run.parity_path.is_file():
@@ -33,6 +25,28 @@ def model_card(run: Run, recipe: Recipe) -> str:
         f"- data.{name}: `{file['sha256']}` ({file['rows']} rows)" for name, file in info["data"].items()
     ]
     return "\n".join([*lines, "## Inputs (SHA-256)", "", *digests, ""])
+
+
+def _trained(info: Mapping[str, Any], recipe: Recipe) -> str:
+    adapter, train = recipe.adapter, recipe.train
+    return (
+        f"A {adapter.method} adapter (r {adapter.r}, alpha {adapter.alpha:g}) on `{info['base']['name']}`, "
+        f"trained with Myna {info['versions']['myna']} on {info['data']['train']['rows']} rows "
+        f"({train.epochs} epoch{'s' if train.epochs > 1 else ''}, {train.batch_size} rows a step, "
+        f"learning rate {train.learning_rate:g})."
+    )
+
+
+def _given(info: Mapping[str, Any]) -> str:
+    """Of what somebody else trained: nothing is said of how."""
+    source, myna = info["source"], f"Myna {info['versions']['myna']}"
+    if source["kind"] != "adapter":
+        return f"`{Path(source['path']).name}`, exported with {myna}; it was not trained with it."
+    kind = source["adapter"]["peft_type"]
+    return (
+        f"A {kind} adapter (`{Path(source['path']).name}`) on `{info['base']['name']}`, merged and exported with "
+        f"{myna}; it was not trained with it."
+    )
 
 
 def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:

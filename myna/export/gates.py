@@ -77,12 +77,13 @@ def template_gate(server: Server, tokenizer: ChatTokenizer, conversations: Seque
 def prompt_gate(server: Server, tokenizer: ChatTokenizer, conversations: Sequence[Conversation]) -> Gate:
     """Every conversation's prompt as llama.cpp's chat makes it: the same text, the same ids, no BOS twice."""
     bos = tokenizer.special_tokens.get("bos_token", "")
-    for number, conversation in enumerate(conversations):
+    texts = [tokenizer.render_text(c.prompt(), add_generation_prompt=True) for c in conversations]
+    shortest = sorted(range(len(texts)), key=lambda number: len(texts[number]))[:NUM_ASKED]
+    for number, (conversation, ours) in enumerate(zip(conversations, texts, strict=True)):
         prompt, place = conversation.prompt(), _place(conversation, number)
-        ours = tokenizer.render_text(prompt, add_generation_prompt=True)
         try:
             theirs, their_ids = server.chat_prompt(prompt)
-            asked = server.chat_prompt_tokens(prompt) if number < NUM_ASKED else len(their_ids)
+            asked = server.chat_prompt_tokens(prompt) if number in shortest else len(their_ids)
         except ModelError as error:
             return Gate("prompt", False, f"llama.cpp cannot render {place}: {error.message}")
         # where llama.cpp adds BOS itself it takes away the one that the template wrote

@@ -5,22 +5,19 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from myna.backends.llama_cpp import LlamaCppBackend
-from myna.data.conversation import Conversation
-from myna.data.render import Example, load_chat_tokenizer, render_example
+from myna.data.render import load_chat_tokenizer
 from myna.engine.memory import forget_models
-from myna.errors import CheckFailed, DataError
+from myna.errors import CheckFailed
 from myna.export.card import model_card
-from myna.export.parity import ENOUGH_TOKENS, FileParity, choose_rows, compare_files, first_token_difference
+from myna.export.prove import Origin, Questions, prove_files, questions
 from myna.export.quantize import quant_type
 from myna.recipe import Recipe
 from myna.run import Run, lock_run, read_json, write_json, write_text
 from myna.show import Show
-from myna.stored import held_out, model_dir, run_base, stored_recipe
+from myna.stored import held_out, is_whole, model_dir, require_model, run_base, stored_recipe, training_rows
 
 
 def merge_stage(run: Run, *, show: Show | None = None, again: bool = False) -> dict[str, Any]:
@@ -38,7 +35,7 @@ def merge_stage(run: Run, *, show: Show | None = None, again: bool = False) -> d
     recipe = stored_recipe(run)
     with lock_run(run):
         base = run_base(run, show.say)
-        rows = [[int(i) for i in row.input_ids_T] for row in _parity_rows(run, recipe)]
+        rows = [[int(i) for i in row.input_ids_T] for row in run_questions(run, recipe).rows]
         merged = merge(
             base.folder,
             run.adapter_dir,
@@ -49,7 +46,7 @@ def merge_stage(run: Run, *, show: Show | None = None, again: bool = False) -> d
         )
         _update_json(run.parity_path, {"verdict": "pass", "merged": dict(merged.as_json())})
         entry = {"seconds": round(time.perf_counter() - started, 1), "dtype": recipe.export.dtype}
-        run.finish_stage("merge", entry)
+        run.finish_stage("merge", entry, [run.merged_dir, run.parity_path])
     show.say(
         f"merged = base + adapter: max |Δ logit| {merged.max_abs:.1e}, relative {merged.relative:.1e} "
         f"over {merged.num_tokens:,} tokens"
@@ -58,15 +55,17 @@ def merge_stage(run: Run, *, show: Show | None = None, again: bool = False) -> d
     return entry
 
 
-def export_stage(run: Run, file_types: Sequence[str], *, show: Show | None = None) -> dict[str, Any]:
-    """Writes the GGUF files that are not there yet, measures them against merged, and names those that pass.
+def export_stage(
+    run: Run, file_types: Sequence[str], *, show: Show | None = None, direct: bool = False
+) -> dict[str, Any]:
+    """Writes the GGUF files that are not there yet, proves each, and names those that pass.
 
-    A file beyond its bound keeps the name NAME-TYPE.failed.gguf, and CheckFailed is raised after all are measured.
+    With `direct` they are made from base + adapter, and measured against it, without a merged copy. A file that fails
+    keeps the name NAME-TYPE.failed.gguf, and CheckFailed is raised after all are measured.
     """
     show = show or Show()
     for file_type in file_types:
         quant_type(file_type)
-    run.require_stage("merge", f"myna merge {run.path}")
     files: dict[str, Any] = dict((run.stage("export") or {}).get("files", {}))
     missing = [t for t in dict.fromkeys(file_types) if t not in files or not run.gguf_path(t).is_file()]
     if not missing:
@@ -74,9 +73,11 @@ def export_stage(run: Run, file_types: Sequence[str], *, show: Show | None = Non
         return files
     show.stage("export")
     started = time.perf_counter()
+    recipe = stored_recipe(run)
     with lock_run(run):
-        written = {t: _write_file(run, t, show) for t in missing}
-        failed = _prove(run, written, show)
+        origin = origin_of(run, recipe, show, direct=direct)
+        written = {t: _write_file(run, t, origin, show) for t in missing}
+        failed = _prove(run, recipe, origin, written, show)
         passed = {t: entry for t, entry in written.items() if t not in failed}
         for file_type in passed:
             os.replace(_unproven(run, file_type), run.gguf_path(file_type))
@@ -84,56 +85,54 @@ def export_stage(run: Run, file_types: Sequence[str], *, show: Show | None = Non
             os.replace(_unproven(run, file_type), run.gguf_path(file_type).with_suffix(".failed.gguf"))
         files |= passed
         seconds = (run.stage("export") or {}).get("seconds", 0.0) + time.perf_counter() - started
-        run.finish_stage("export", {"seconds": round(seconds, 1), "files": files})
-        write_text(run.path / "README.md", model_card(run, stored_recipe(run)))
+        run.finish_stage("export", {"seconds": round(seconds, 1), "files": files}, [run.parity_path])
+        write_text(run.path / "README.md", model_card(run, recipe))
     if failed:
         raise CheckFailed(
             "; ".join(failed.values()),
             where=str(run.parity_path),
-            help="the file is kept as NAME-TYPE.failed.gguf; a larger type (Q5_K_M, Q6_K, Q8_0) is nearer to merged",
+            help="the file is kept as NAME-TYPE.failed.gguf; a larger type (Q5_K_M, Q6_K, Q8_0) is nearer",
             code="parity",
         )
     return files
 
 
-def _parity_rows(run: Run, recipe: Recipe) -> list[Example]:
-    """Held-out rows with at least 1,000 tokens together; where they have fewer, training rows after them."""
-    from myna.data.rows import load_conversations
+def origin_of(run: Run, recipe: Recipe, show: Show, *, direct: bool) -> Origin:
+    """What a run's files are made from: its merged model, the model it was given, or base + adapter."""
+    if direct:
+        run.require_stage("train", "myna train RECIPE --resume")
+        return Origin("base + adapter", run_base(run, show.say).folder, run.adapter_dir)
+    require_model(run)
+    name = "the model it was made from" if is_whole(run) else "merged"
+    return Origin(name, model_dir(run), dtype=recipe.export.dtype)
 
-    rows: list[Conversation] = list(held_out(run))
-    tokenizer = load_chat_tokenizer(run.tokenizer_dir)
+
+def run_questions(run: Run, recipe: Recipe) -> Questions:
+    """What a run's files are asked: its held-out rows, training rows after them, and the fixed conversations."""
     assert recipe.data.max_length is not None
-    num_tokens = sum(len(render_example(row, tokenizer, recipe.data.max_length).input_ids_T) for row in rows)
-    if num_tokens < ENOUGH_TOKENS:
-        data = recipe.data
-        loaded = load_conversations(
-            Path(data.train), format_name=data.format, columns=data.columns, max_rows=100
-        )
-        rows += [row.with_system(data.system) for row in loaded.conversations]
-    examples = (render_example(row, tokenizer, recipe.data.max_length) for row in rows)
-    chosen = choose_rows([example for example in examples if example.num_targets])
-    if not chosen:
-        raise DataError("no row with target tokens is left to measure the model on", where=recipe.data.train)
-    return chosen
+    tokenizer = load_chat_tokenizer(run.tokenizer_dir)
+    return questions(tokenizer, held_out(run), lambda: training_rows(run, 100), recipe.data.max_length)
 
 
 def _unproven(run: Run, file_type: str) -> Path:
     return run.gguf_dir / f".unproven-{run.gguf_path(file_type).name}"
 
 
-def _write_file(run: Run, file_type: str, show: Show) -> dict[str, Any]:
+def _write_file(run: Run, file_type: str, origin: Origin, show: Show) -> dict[str, Any]:
     from myna.export.gguf import write_gguf
 
     path = _unproven(run, file_type)
     path.parent.mkdir(parents=True, exist_ok=True)
-    summary = write_gguf(
-        model_dir(run),
-        run.tokenizer_dir,
-        path,
-        file_type,
-        name=run.name,
-        progress=lambda done, total: show.progress(f"writing {file_type}", done, total),
-    )
+    with origin.weights() as weights:
+        summary = write_gguf(
+            origin.folder,
+            run.tokenizer_dir,
+            path,
+            file_type,
+            name=run.name,
+            weights=weights,
+            progress=lambda done, total: show.progress(f"writing {file_type}", done, total),
+        )
     return {
         "path": str(run.gguf_path(file_type).relative_to(run.path)),
         "bytes": summary.bytes,
@@ -142,53 +141,32 @@ def _write_file(run: Run, file_type: str, show: Show) -> dict[str, Any]:
     }
 
 
-def _prove(run: Run, written: Mapping[str, dict[str, Any]], show: Show) -> dict[str, str]:
-    """Measures files against merged, writes parity.json, and returns file type → why for those that fail."""
-    rows = _parity_rows(run, stored_recipe(run))
-    measured, difference = _measure(run, list(written), rows, show)
+def _prove(
+    run: Run, recipe: Recipe, origin: Origin, written: Mapping[str, dict[str, Any]], show: Show
+) -> dict[str, str]:
+    """Proves files, writes parity.json, and returns file type → why for those that fail."""
+    asked = run_questions(run, recipe)
+    proofs = prove_files(origin, {t: _unproven(run, t) for t in written}, asked, show)
     forget_models()
-    failed = dict.fromkeys(written, "the tokens differ: " + difference) if difference else {}
-    for file_type, parity in measured.items():
-        show.say(
-            f"{file_type} = merged: mean KL {parity.mean_kl:.4f}, same top token {parity.same_top:.1%} "
-            f"over {parity.num_targets:,} target tokens (all {parity.num_tokens:,}: {parity.mean_kl_all:.4f})"
-        )
-        if not parity.passes:
-            failed[file_type] = f"{file_type}: mean KL {parity.mean_kl:.4f} is beyond {parity.bound}"
+    failed = {}
+    for file_type, proof in proofs.items():
+        show.say(proof.sentence(file_type, origin.name))
+        if proof.failures:
+            failed[file_type] = f"{file_type}: {'; '.join(proof.failures)}"
     entries = {
-        t: {**parity.as_json(), "types": written[t]["types"], "bytes": written[t]["bytes"]}
-        for t, parity in measured.items()
+        t: {**proof.as_json(), "types": written[t]["types"], "bytes": written[t]["bytes"]}
+        for t, proof in proofs.items()
     }
-    files = {**read_json(run.parity_path).get("files", {}), **entries}
-    passes = not failed and all(entry["verdict"] == "pass" for entry in files.values())
+    before = read_json(run.parity_path).get("files", {}) if run.parity_path.is_file() else {}
+    files = {**before, **entries}
     update = {
-        "verdict": "pass" if passes else "fail",
-        "tokens_equal": difference is None,
-        "num_tokens": sum(len(row.input_ids_T) for row in rows),
+        "verdict": "pass" if all(entry["verdict"] == "pass" for entry in files.values()) else "fail",
+        "tokens_equal": all(entry["gates"]["tokens"]["verdict"] == "pass" for entry in entries.values()),
+        "num_tokens": asked.num_tokens,
         "files": files,
     }
     _update_json(run.parity_path, update)
     return failed
-
-
-def _measure(
-    run: Run, file_types: Sequence[str], rows: Sequence[Example], show: Show
-) -> tuple[dict[str, FileParity], str | None]:
-    """(each unproven file against merged, the first difference in token ids if there is one)."""
-    from myna.backends.torch_backend import TorchBackend
-    from myna.model.load import load_base
-
-    tokenizer = load_chat_tokenizer(run.tokenizer_dir)
-    context = max(len(row.input_ids_T) for row in rows)
-    merged = TorchBackend(load_base(model_dir(run), stored_recipe(run).export.dtype), "merged")
-    with ExitStack() as stack:
-        files = {t: LlamaCppBackend(_unproven(run, t), context=context) for t in file_types}
-        for backend in files.values():
-            stack.callback(backend.close)
-        measured = compare_files(merged, files, rows, show.counter("comparing with merged", len(rows)))
-        first = next(iter(files.values()))
-        difference = first_token_difference(held_out(run)[:50], tokenizer, first.tokenize)
-    return measured, difference
 
 
 def _update_json(path: Path, update: dict[str, Any]) -> None:

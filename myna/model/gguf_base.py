@@ -1,10 +1,9 @@
-"""A .gguf file as a base model: its weights and its tokenizer, through transformers, as a Hugging Face folder."""
+"""A .gguf file as a base model: its weights, through transformers, and its tokenizer as a Hugging Face folder."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import struct
 import warnings
 from collections.abc import Iterator
@@ -13,8 +12,8 @@ from pathlib import Path
 import torch
 
 from myna.errors import ModelError
+from myna.model.gguf_tokenizer import write_gguf_tokenizer
 from myna.model.load import first_line, quiet_libraries
-from myna.model.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer_json
 
 
 def dequantize_gguf(gguf_path: Path, folder: Path) -> None:
@@ -38,30 +37,6 @@ def dequantize_gguf(gguf_path: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     del model
     write_gguf_tokenizer(gguf_path, folder)
-
-
-def write_gguf_tokenizer(gguf_path: Path, folder: Path) -> None:
-    """Writes the tokenizer inside a .gguf file into `folder`, with its chat template.
-
-    transformers gives every BPE tokenizer the same splitting of text before merging; the file names its own
-    (`tokenizer.ggml.pre`), and that one is written.
-    """
-    quiet_libraries()
-    from gguf import GGUFReader
-    from transformers import AutoTokenizer
-
-    with _reading_gguf(gguf_path):
-        tokenizer = AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
-        tokenizer.save_pretrained(folder)
-        field = GGUFReader(gguf_path).get_field("tokenizer.ggml.pre")
-    pre = str(field.contents()) if field else ""
-    if pre not in PRE_TOKENIZERS:
-        return
-    path = folder / "tokenizer.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    settings["pre_tokenizer"] = pre_tokenizer_json(pre)
-    settings["model"]["ignore_merges"] = PRE_TOKENIZERS[pre].ignores_merges
-    path.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
 
 
 @contextlib.contextmanager

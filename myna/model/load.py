@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from myna.errors import ModelError
+from myna.errors import MachineError, ModelError
 
+NO_MEMORY = r"not enough memory|can't allocate memory|out of memory"  # torch on Windows, Linux, a GPU
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -34,34 +37,54 @@ def read_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # what transformers raises for a foreign config.json is anything
         raise ModelError(f"its config.json is refused: {first_line(error)}", where=str(folder)) from error
 
 
 def load_base(folder: Path, dtype: str, *, attention: str = "sdpa", device: str = "cpu") -> Any:
     """The frozen base model (a transformers causal LM in evaluation mode) from a folder; `dtype` fp32, bf16 or fp16."""
     quiet_libraries()
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPES[dtype],
-            attn_implementation=attention,
+            # asked for nothing, transformers takes sdpa where the model has it (Gemma 2, which caps scores, has not)
+            attn_implementation=None if attention == "sdpa" else attention,
             local_files_only=True,
             output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
-    except (ValueError, KeyError, OSError, SafetensorError) as error:
+    except Exception as error:  # what transformers raises for a foreign config.json is anything
+        if isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error)):
+            raise MachineError(f"has no room in memory: {first_line(error)}", where=str(folder)) from error
         raise ModelError(f"could not be loaded: {first_line(error)}", where=str(folder)) from error
     missing = sorted(loaded["missing_keys"])
     if missing:  # transformers would fill them with random numbers
         raise ModelError(
             f"{len(missing)} of its weights are not in the files: {missing[0]}, …", where=str(folder)
         )
+    refuse_not_finite(model.named_parameters(), folder)
     model.requires_grad_(False)
     return model.to(device).eval()
+
+
+def refuse_not_finite(tensors: Iterable[tuple[str, torch.Tensor]], place: Path) -> None:
+    """ModelError naming the first tensor with a value that is NaN or infinite: a model with one talks nonsense at best."""
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum())):
+            continue
+        # large sums may overflow where every value is finite
+        bad = int(tensor.numel() - torch.isfinite(tensor).sum())
+        if bad:
+            raise ModelError(
+                f"{bad:,} of the {tensor.numel():,} values of {name} are not finite (NaN or infinite) in {tensor.dtype}",
+                where=str(place),
+                help="take the weights from their publisher again; fp16 holds no value above 65,504, bf16 and fp32 do",
+            )
 
 
 def first_line(error: BaseException) -> str:

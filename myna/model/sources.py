@@ -5,6 +5,7 @@ The folder is Hugging Face's layout: config.json, *.safetensors, tokenizer.json,
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -17,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from myna.errors import MachineError, ModelError
+from myna.model.folders import check_model_folder
+from myna.model.headers import check_gguf_file
+from myna.model.hub import PREFIX, cached_repository, fetch_repository, parse_hub
 from myna.run import file_sha256, new_directory, require_room, sync_dir, sync_file
 
 Say = Callable[[str], None]
@@ -24,11 +28,20 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class BaseFiles:
-    """A base model on this disk. `sha256` is of its weights: the .gguf file, or the safetensors files together."""
+    """A base model on this disk. `sha256` is of its weights: the .gguf file, or the safetensors files together.
+
+    `commit` is what a revision of a hub's repository meant when it was found.
+    """
 
     name: str
     folder: Path
     sha256: str
+    commit: str | None = None
+
+    def as_json(self) -> dict[str, str]:
+        """As run.json keeps it."""
+        commit = {"commit": self.commit} if self.commit else {}
+        return {"name": self.name, "sha256": self.sha256, **commit}
 
 
 @dataclass(frozen=True)
@@ -62,18 +75,19 @@ def cache_dir() -> Path:
     return Path(os.environ.get("MYNA_CACHE") or Path.home() / ".cache" / "myna")
 
 
-def resolve_base(base: str, say: Say = lambda _: None) -> BaseFiles:
+def resolve_base(base: str, say: Say = lambda _: None, *, offline: bool = False) -> BaseFiles:
     """Finds, fetches or converts a base model until it is a folder on this disk.
 
-    Raises ModelError for what is no model, MachineError for what cannot be fetched or has no room.
+    Raises ModelError for what is no model, MachineError for what cannot be fetched (with `offline`, for what is not
+    in the hub's local cache) or has no room.
     """
     if base in PACKAGED:
         return _packaged(base, PACKAGED[base], say)
-    if base.startswith("hf:"):
-        return _from_hub(base, say)
+    if base.startswith(PREFIX):
+        return _from_hub(base, say, offline)
     path = Path(base).expanduser()
     if path.is_dir():
-        return _from_folder(path)
+        return model_folder(path)
     if path.suffix == ".gguf" and path.is_file():
         return from_gguf(path, say)
     what = "there is no such file" if path.suffix == ".gguf" else "is no base model"
@@ -150,10 +164,8 @@ def _require_digest(path: Path, sha256: str) -> None:
 
 def from_gguf(path: Path, say: Say) -> BaseFiles:
     """A .gguf file's model as a folder, made once and kept in the cache under the file's digest."""
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ModelError("is no GGUF file", where=str(path))
-    digest = file_sha256(path)
+    check_gguf_file(path)
+    digest = known_sha256(path)
     for name, packaged in PACKAGED.items():
         if digest == packaged.gguf_sha256 and (packaged_gguf_path(name).parent / "hf").is_dir():
             return BaseFiles(name, packaged_gguf_path(name).parent / "hf", digest)
@@ -172,56 +184,34 @@ def _dequantize(gguf_path: Path, folder: Path, say: Say) -> None:
         dequantize_gguf(gguf_path, temporary)
 
 
-def _from_folder(folder: Path) -> BaseFiles:
-    if not (folder / "config.json").is_file():
-        raise ModelError("is no model folder: there is no config.json in it", where=str(folder))
+def model_folder(folder: Path) -> BaseFiles:
+    """A Hugging Face folder as a base model; ModelError where it is none, or where its weights are pickled."""
+    check_model_folder(folder)
     weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-        cure = "pickled weights are never loaded: save the model once with save_pretrained(safe_serialization=True)"
-        raise ModelError(
-            "there are no *.safetensors in it", where=str(folder), help=cure if pickled else None
-        )
     return BaseFiles(folder.name, folder.resolve(), _weights_digest(weights))
 
 
 def _weights_digest(weights: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in weights:
-        digest.update(f"{path.name}\0{file_sha256(path)}\n".encode())
+        digest.update(f"{path.name}\0{known_sha256(path)}\n".encode())
     return digest.hexdigest()
 
 
-def _from_hub(base: str, say: Say) -> BaseFiles:
-    """hf:org/name@revision, through huggingface_hub's own cache; only safetensors, tokenizer and config are taken."""
-    from myna.model.load import quiet_libraries
+def known_sha256(path: Path) -> str:
+    """The digest of a large file, read once in a process as long as its size and time of change stay."""
+    status = path.stat()
+    return _sha256_at(str(path.resolve()), status.st_size, status.st_mtime_ns)
 
-    quiet_libraries()
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    repository, _, revision = base.removeprefix("hf:").partition("@")
-    say(f"fetching {repository}{'@' + revision if revision else ''} from the hub")
-    try:
-        folder = snapshot_download(
-            repository,
-            revision=revision or None,
-            allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model"],
-        )
-    except HFValidationError as error:
-        raise ModelError(f"is no repository name: {error}", where=base, help="hf:org/name@revision") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 403, 404):
-            raise ModelError(
-                f"the hub has no such repository or revision, or it is private (HTTP {status})",
-                where=base,
-                help="look at the spelling; for a private one: `hf auth login`",
-            ) from None
-        raise MachineError(
-            "the hub cannot be reached and the model is not in the local cache",
-            where=base,
-            help="connect once, or put the model in a folder and name that folder",
-        ) from None
-    found = _from_folder(Path(folder))
-    return BaseFiles(base, found.folder, found.sha256)
+@functools.lru_cache(maxsize=256)
+def _sha256_at(path: str, size: int, changed_ns: int) -> str:
+    return file_sha256(Path(path))
+
+
+def _from_hub(base: str, say: Say, offline: bool) -> BaseFiles:
+    found = cached_repository(*parse_hub(base)) if offline else fetch_repository(base, say)
+    if found is None:
+        raise MachineError("is not in huggingface_hub's cache", where=base)
+    model = model_folder(found.folder)
+    return BaseFiles(base, model.folder, model.sha256, found.commit)

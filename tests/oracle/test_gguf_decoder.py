@@ -27,7 +27,12 @@ BOUNDS = {
     "Q5_1": 0.05,
     "Q5_0": 0.055,
     "Q4_K": 0.09,
+    "Q4_1": 0.098,
+    "IQ4_NL": 0.095,
+    "IQ4_XS": 0.095,
     "Q4_0": 0.12,
+    "Q3_K": 0.19,
+    "Q2_K": 0.37,
 }
 NAMES = {
     "attn_norm": "input_layernorm",
@@ -86,11 +91,21 @@ def source_of(name: str, tensors: dict[str, torch.Tensor], permuted: bool) -> np
     return source[rows]
 
 
+def even_importance(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """One for each column of each matrix, for the type that is not written without."""
+    write_gguf(folder, folder, folder / "f32.gguf", "F32", name="x")
+    tensors = gguf.GGUFReader(folder / "f32.gguf").tensors
+    return {
+        tensor.name: np.ones(int(tensor.shape[0]), np.float32) for tensor in tensors if len(tensor.shape) == 2
+    }
+
+
 @pytest.mark.parametrize("file_type", QUANT_TYPES)
 @pytest.mark.parametrize("width", [256, 96])
 def test_each_tensor_decodes_near_its_source(width: int, file_type: str, tmp_path: Path) -> None:
     tensors = new_model(tmp_path, "llama", hidden_size=width, attention_bias=True)
-    summary = write_gguf(tmp_path, tmp_path, tmp_path / "m.gguf", file_type, name="x")
+    importance = even_importance(tmp_path) if QUANT_TYPES[file_type].needs_importance else None
+    summary = write_gguf(tmp_path, tmp_path, tmp_path / "m.gguf", file_type, name="x", importance=importance)
     written = gguf.GGUFReader(tmp_path / "m.gguf").tensors
     assert len(written) == summary.num_tensors == len(tensors)
     for tensor in written:

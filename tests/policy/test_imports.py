@@ -7,6 +7,7 @@ from source_tree import NAMES, ROOT, SOURCES, Source, imported_modules
 # From left to right. A module stands at the longest name here that it belongs to.
 DIRECTION = (
     "errors",
+    "interval",
     "data.conversation",
     "recipe",
     "run",
@@ -19,11 +20,13 @@ DIRECTION = (
     "plan",
     "stored",
     "prepare",
+    "adopt",
     "preview",
     "train",
     "backends",
     "export",
     "evaluate",
+    "verify",
     "pipeline",
     "serve",
     "ship",
@@ -39,7 +42,7 @@ DIRECTION = (
     "stage_commands",
     "cli",
 )
-FREE_OF_TORCH = ("errors", "data", "recipe", "run", "show")
+FREE_OF_TORCH = ("errors", "interval", "data", "recipe", "run", "show")
 
 
 def station(name: str) -> str | None:
