@@ -30,7 +30,13 @@ DEFAULT_MAX_LENGTH = 2048
 DEFAULT_PACK_TOKENS = 1024  # on a CPU a larger pack is no faster and takes about 1.5 MB more a token
 ALLOWED_CUT = 0.01  # the part of the rows that may be cut without being asked for
 # Settings that a resumed run may change: they do not touch what is trained.
-FREE_SETTINGS = ("evaluate.", "export.quantize", "train.save_every_steps", "train.keep_checkpoints")
+FREE_SETTINGS = (
+    "evaluate.",
+    "export.quantize",
+    "export.importance",
+    "train.save_every_steps",
+    "train.keep_checkpoints",
+)
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "gguf", "xllamacpp", "numpy")
 
 

@@ -95,6 +95,9 @@ class ExportSettings(Section):
         default_factory=lambda: ["Q4_K_M", "Q8_0"], description="GGUF files to write, as upstream spells them"
     )
     dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of merged/")
+    importance: bool = Field(
+        False, description="weigh columns by what training rows put into them; worth it below 4 bits"
+    )
 
 
 class Recipe(Section):

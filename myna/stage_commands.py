@@ -52,21 +52,32 @@ def export(
     base: Base = None,
     name: Name = None,
     rows: Rows = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="the adapter alone, to load beside a base")
+    ] = False,
+    direct: Annotated[
+        bool, typer.Option("--direct", help="from base + adapter, without writing a merged copy")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """merged/ → GGUF files, each measured against merged before it gets its name."""
+    """merged/ → GGUF files, each proven to be the model before it gets its name."""
     from myna.adopt import adopted
+    from myna.export.adapter_stage import adapter_stage
     from myna.export.stage import export_stage, merge_stage
     from myna.run import read_json
     from myna.stored import is_whole, stored_recipe
 
     def work(show: Show) -> Mapping[str, Any]:
         with adopted(target, base=base, name=name, rows=rows, show=show) as run:
-            wanted = quantize.split(",") if quantize else stored_recipe(run).export.quantize
-            if not is_whole(run):
-                merge_stage(run, show=show)
-            files = export_stage(run, [part.strip() for part in wanted], show=show)
-            paths = {file_type: str(run.path / entry["path"]) for file_type, entry in files.items()}
+            paths = {}
+            if adapter:
+                paths["adapter"] = str(run.path / adapter_stage(run, show=show)["path"])
+            if quantize or not adapter:
+                wanted = quantize.split(",") if quantize else stored_recipe(run).export.quantize
+                if not (is_whole(run) or direct):
+                    merge_stage(run, show=show)
+                files = export_stage(run, [part.strip() for part in wanted], show=show, direct=direct)
+                paths |= {file_type: str(run.path / entry["path"]) for file_type, entry in files.items()}
             return {"run": str(run.path), "files": paths, "parity": read_json(run.parity_path)}
 
     run_stage(

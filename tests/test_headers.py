@@ -12,7 +12,7 @@ from typing import Any
 
 import gguf
 import pytest
-from bad_models import ARCHITECTURE, STRING, UINT32, array, gguf_bytes, key, safetensors_bytes, tensor, text
+from bad_files import ARCHITECTURE, STRING, UINT32, array, gguf_bytes, key, safetensors_bytes, tensor, text
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -59,7 +59,7 @@ def test_a_safetensors_header_is_what_safetensors_reads(tiny_base: Path) -> None
 
 
 def test_49_bytes_that_hang_a_reader_are_refused_at_once(tmp_path: Path) -> None:
-    from bad_models import HANG
+    from bad_files import HANG
 
     assert len(HANG) == 49
     (tmp_path / "a.gguf").write_bytes(HANG)

@@ -24,7 +24,7 @@ MESSAGES = [
 TOOLS = [
     {
         "type": "function",
-        "function": {"name": "add", "parameters": {"a": {"type": "integer", "default": None}}},
+        "function": {"name": "add", "parameters": {"a": {"type": "integer", "default": "né"}}},
     }
 ]
 REAL = {
@@ -173,14 +173,15 @@ def test_a_template_as_long_as_allowed_compiles_soon() -> None:
     assert time.thread_time() - started < 5
 
 
-pieces = st.sampled_from(
-    ["{{", "}}", "{%", "%}", "for i in", "range(9)", "endfor", "if", "endif", "set n=", "messages", "|join", "|tojson", "[", "]"]
-    + ["'a'", "*", "**", "~", "+", "9", "(", ")", ".", "namespace()", "macro f()", "endmacro", "f()", "%", "|", ":", "\n", "else"]
+PIECES = (
+    "{{", "}}", "{%", "%}", "for i in", "range(9)", "endfor", "if", "endif", "set n=", "messages", "|join", "|tojson",
+    "[", "]", "'a'",
+    "*", "**", "~", "+", "9", "(", ")", ".", "namespace()", "macro f()", "endmacro", "f()", "%", "|", ":", "else",
 )  # fmt: skip
 
 
 @settings(max_examples=150, deadline=3000, suppress_health_check=list(HealthCheck))
-@given(parts=st.lists(pieces, max_size=25))
+@given(parts=st.lists(st.sampled_from(PIECES), max_size=25))
 def test_any_template_is_rendered_or_refused(parts: list[str]) -> None:
     try:
         assert isinstance(compile_template(" ".join(parts)).render(messages=MESSAGES), str)

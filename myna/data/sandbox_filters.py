@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import jinja2
 from jinja2.exceptions import SecurityError
 from jinja2.utils import Namespace
-
-if TYPE_CHECKING:
-    from myna.data.sandbox import BoundedEnvironment
 
 ITEM = 16  # what an item of a collection is charged
 MAX_WIDTH = 10_000  # characters that something may be padded to
@@ -24,6 +21,18 @@ FILTERS: Mapping[str, int] = {
     **dict.fromkeys(("title", "wordcount", "list", "sort", "unique", "dictsort", "sum", "min", "max"), 32),
     **dict.fromkeys(("map", "select", "reject", "selectattr", "rejectattr", "groupby"), 32),
 }  # fmt: skip
+
+
+class Account(Protocol):
+    """What sandbox.py's environment keeps of one rendering."""
+
+    def charge(self, num_bytes: int) -> None: ...
+
+    def made(self, value: Any) -> Any: ...
+
+    def joined(self, separator: str, items: Iterable[Any]) -> list[Any]: ...
+
+    def check_percent(self, text: str, values: Any) -> None: ...
 
 
 class PlainNamespace(Namespace):
@@ -78,7 +87,7 @@ def strftime_now(form: str) -> str:
 
 @jinja2.pass_environment
 def _to_json(
-    environment: BoundedEnvironment,
+    environment: Account,
     value: Any,
     ensure_ascii: bool = False,
     indent: int | str | None = None,
@@ -96,33 +105,29 @@ def _to_json(
     return "".join(environment.joined("", encoder.iterencode(value)))
 
 
-def _check_replace(
-    environment: BoundedEnvironment, value: Any, old: Any = "", new: Any = "", count: Any = 0
-) -> None:
+def _check_replace(environment: Account, value: Any, old: Any = "", new: Any = "", count: Any = 0) -> None:
     text = str(value)
     environment.charge(text.count(str(old)) * text_bytes(str(new)))
 
 
 def _check_indent(
-    environment: BoundedEnvironment, value: Any, width: Any = 4, first: Any = False, blank: Any = False
+    environment: Account, value: Any, width: Any = 4, first: Any = False, blank: Any = False
 ) -> None:
     size = text_bytes(width) if isinstance(width, str) else width
     check_width(size)
     environment.charge((str(value).count("\n") + 1) * max(0, size) + 8 * text_bytes(str(value)))
 
 
-def _check_format(environment: BoundedEnvironment, value: Any, *args: Any, **named: Any) -> None:
+def _check_format(environment: Account, value: Any, *args: Any, **named: Any) -> None:
     environment.check_percent(str(value), (*args, *named.values()))
 
 
-def _check_sum(environment: BoundedEnvironment, value: Any, attribute: Any = None, start: Any = 0) -> None:
+def _check_sum(environment: Account, value: Any, attribute: Any = None, start: Any = 0) -> None:
     if not isinstance(start, int | float):
         raise SecurityError("it sums up what is no number")
 
 
-def _check_round(
-    environment: BoundedEnvironment, value: Any, precision: Any = 0, method: Any = "common"
-) -> None:
+def _check_round(environment: Account, value: Any, precision: Any = 0, method: Any = "common") -> None:
     if not isinstance(precision, int) or abs(precision) > 100:
         raise SecurityError("it rounds to a precision beyond all use")
 

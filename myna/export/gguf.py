@@ -49,6 +49,7 @@ def write_gguf(
     name: str,
     weights: Weights | None = None,
     importance: Mapping[str, Floats] | None = None,
+    keys: Mapping[str, str | int] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> GgufSummary:
     """Writes `model_dir` (config.json, safetensors in fp32, bf16 or fp16) with its tokenizer as `gguf_path`.
@@ -70,6 +71,8 @@ def write_gguf(
             add_model_keys(writer, source.config, source.family, source.rope, shown, source.num_parameters)
             writer.add_file_type(quant_type(file_type).number)
             add_vocabulary(writer, vocabulary)
+            for key, value in (keys or {}).items():
+                writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
             write_tensors(writer, source.infos, types, source.rows, importance=importance, progress=progress)
     counts = {kind: list(types.values()).count(kind) for kind in sorted(set(types.values()))}
     return GgufSummary(gguf_path, gguf_path.stat().st_size, file_sha256(gguf_path), counts, len(types))

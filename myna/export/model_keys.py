@@ -89,7 +89,9 @@ def window_period(config: Mapping[str, Any], family: Family, where: str = "") ->
     if family.window != "layers" or "sliding_attention" not in kinds:
         return None
     if not config.get("sliding_window"):
-        raise ModelError("layer_types names layers with a window, and there is no sliding_window", where=where)
+        raise ModelError(
+            "layer_types names layers with a window, and there is no sliding_window", where=where
+        )
     periods: list[int] = [_WINDOW_PERIODS[family.architecture], *range(2, len(kinds) + 2)]
     for period in periods:
         if all((kind == "full_attention") == (i % period == period - 1) for i, kind in enumerate(kinds)):

@@ -43,14 +43,24 @@ class Origin:
         with open_adapted(self.folder, self.adapter_dir) as weights:
             yield weights
 
-    def backend(self) -> Backend:
-        """It, answering through torch."""
+    def model(self) -> Any:
+        """It through torch: a transformers model, or a peft model of one."""
         from myna.adapters.files import load_adapter
-        from myna.backends.torch_backend import TorchBackend
         from myna.model.load import load_base
 
         model = load_base(self.folder, self.dtype)
-        return TorchBackend(load_adapter(model, self.adapter_dir) if self.adapter_dir else model, self.name)
+        return load_adapter(model, self.adapter_dir) if self.adapter_dir else model
+
+    def plain_model(self) -> Any:
+        """The same without an adapter on it: where there is one it is summed, in memory."""
+        model = self.model()
+        return model.merge_and_unload() if self.adapter_dir else model
+
+    def backend(self) -> Backend:
+        """It, answering through torch."""
+        from myna.backends.torch_backend import TorchBackend
+
+        return TorchBackend(self.model(), self.name)
 
 
 @dataclass(frozen=True)

@@ -105,11 +105,11 @@ def add_rope_keys(writer: Any, rope: Rope, config: Mapping[str, Any]) -> None:
     if rope.kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(RopeScalingType(rope.kind))
         writer.add_rope_scaling_factor(float(rope.settings["factor"]))
-    original = rope.settings.get("original_max_position_embeddings") or config.get(
-        "original_max_position_embeddings"  # Phi-3 has it here, and where nothing is scaled too
-    )
-    if original or rope.kind == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(int(original or config["max_position_embeddings"]))
+    original = config.get("original_max_position_embeddings")  # Phi-3's, where nothing is scaled too
+    if rope.kind in ("yarn", "longrope"):
+        original = rope.settings.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    if original:
+        writer.add_rope_scaling_orig_ctx_len(int(original))
     if rope.kind == "longrope":
         writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
         writer.add_rope_scaling_attn_factors(float(rope.settings["attention_factor"]))

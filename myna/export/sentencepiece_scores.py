@@ -106,7 +106,7 @@ def _order(merges: Sequence[tuple[str, str]], where: str) -> dict[str, int]:
             end = max(end, last["".join(merges[at])])
             at += 1
         made = {left + right for left, right in merges[start:at]}
-        if len(made) > 1 and not _is_run(merges[start:at]):
+        if len(made) > 1 and not _is_run(merges[start : at + 1]):
             raise ModelError(
                 f"the merges of {''.join(merges[start])!r} do not stand together ({''.join(merges[start + 1])!r} comes "
                 "between), and llama.cpp has one score for all of them",
@@ -118,9 +118,10 @@ def _order(merges: Sequence[tuple[str, str]], where: str) -> dict[str, int]:
 
 
 def _is_run(merges: Sequence[tuple[str, str]]) -> bool:
-    """Whether these are all ways to make 2 … n of one character, the longest left part first.
+    """Whether these are all ways to make n … 2 of one character, the longest left part first.
 
-    Then the leftmost token grows first, as it does in llama.cpp where all of them have one score.
+    Then the leftmost token grows first, as it does in llama.cpp where all of them have one score (and two of the
+    character, whose one merge stands last, a lower one).
     """
     character, longest = merges[0][0][0], max(len(left + right) for left, right in merges)
     run = [

@@ -175,7 +175,7 @@ def _gguf_tensors(
     expected = 0
     for number in range(num_tensors):
         name, at = file.text(at, MAX_NAME, f"the name of tensor {number + 1} of {num_tensors}")
-        if False:
+        if name in tensors:
             refuse(file.path, f"names the tensor {shown(name)} twice")
         (num_dimensions,) = file.numbers(at, "I", f"tensor {shown(name)}")
         if not 1 <= num_dimensions <= MAX_GGUF_DIMENSIONS:

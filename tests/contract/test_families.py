@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from llama_server import llama_cpp
@@ -137,6 +138,8 @@ def test_up_to_its_window_a_model_is_the_same(
     model = new_model(tmp_path, model_type, VOCAB_SIZE, sliding_window=90)
     write_gguf(tmp_path, tokenizer[0], tmp_path / "m.gguf", "F32", name="tiny")
     assert_alike(tmp_path, model_type, tokenizer[1], model, length=70)
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    assert fields[f"{FAMILIES[model_type].architecture}.context_length"].contents() == 90
 
 
 def test_up_to_the_original_context_phi3_turns_by_its_short_factors(
