@@ -69,7 +69,7 @@ def test_a_pickled_base_is_refused(folder: Path, myna: Command) -> None:
     (folder / "old/config.json").write_text('{"model_type": "llama"}')
     (folder / "old/pytorch_model.bin").write_bytes(b"x")
     code, error = one_error(myna, "train", "recipe.yaml", "--set", "model.base=./old")
-    assert code == 3 and "pickled" in error["help"]
+    assert code == 3 and "pickled" in error["message"] and "safetensors" in error["help"]
 
 
 def test_init_writes_a_recipe_that_loads_and_replaces_none(

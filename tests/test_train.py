@@ -271,7 +271,7 @@ def test_a_base_that_changed_after_training_is_not_merged(recipe: Recipe, tmp_pa
     tensors = load_file(base / "model.safetensors")
     tensors["model.norm.weight"] *= 3
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RecipeError, match="not those the run was trained on"):
+    with pytest.raises(RecipeError, match="not those the run was made with"):
         merge_stage(run)
 
 

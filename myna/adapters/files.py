@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,19 +27,28 @@ IN_FRONT = "they change no weight, but put learnt vectors before the prompt or i
 def save_adapter(model: Any, folder: Path, *, base_sha256: str | None = None) -> None:
     """Writes the adapter of a peft model; the same weights (and base) give the same bytes."""
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     metadata = {"format": "pt"} | ({BASE_SHA256: base_sha256} if base_sha256 else {})
     with new_directory(folder) as temporary:
         contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        save_file(contiguous, temporary / WEIGHTS, metadata=metadata)
+        (temporary / WEIGHTS).write_bytes(_with_metadata(save(contiguous), metadata))
         config = model.peft_config["default"]
         if isinstance(config.target_modules, set):  # written in the order of a set, the file would differ
             config.target_modules = sorted(config.target_modules)
         inference_mode, config.inference_mode = config.inference_mode, True
         config.save_pretrained(str(temporary))
         config.inference_mode = inference_mode
+
+
+def _with_metadata(file: bytes, metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with metadata in the order given: the library's own order is another each time."""
+    end = 8 + int.from_bytes(file[:8], "little")
+    header = {"__metadata__": dict(metadata)} | json.loads(file[8:end])
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + file[end:]
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
