@@ -26,6 +26,7 @@ from myna.backends.llama_server import Child, start_child
 from myna.data.conversation import Conversation
 from myna.engine.threads import usable_cores
 from myna.errors import ModelError
+from myna.model.gguf_tensors import open_gguf
 
 Float32 = npt.NDArray[np.float32]
 
@@ -175,39 +176,31 @@ class LlamaCppBackend:
     @cached_property
     def _head_Vd(self) -> Float32:
         """The file's output head (the token embedding where they are tied), decoded, with the adapter's part in it."""
-        from gguf import GGUFReader
-        from gguf.quants import dequantize
-
-        tensors = {tensor.name: tensor for tensor in GGUFReader(self.path).tensors}
-        head = tensors.get("output.weight", tensors.get("token_embd.weight"))
-        if head is None:
+        file = open_gguf(self.path)
+        names = [name for name in ("output.weight", "token_embd.weight") if name in file.header.tensors]
+        if not names:
             raise ModelError("has neither output.weight nor token_embd.weight", where=str(self.path))
-        head_Vd = np.asarray(dequantize(head.data, head.tensor_type), dtype=np.float32)
+        head_Vd = file.rows(names[0])
         return head_Vd + _head_delta(self.adapter) if self.adapter else head_Vd
 
     @cached_property
     def _logit_cap(self) -> np.float32 | None:
         """c of Gemma's c·tanh(logit / c); None where the file's model has no such cap."""
-        from gguf import GGUFReader
-
-        fields = GGUFReader(self.path).fields
-        architecture = fields["general.architecture"].contents()
-        field = fields.get(f"{architecture}.final_logit_softcapping")
-        if field is None:  # llama.cpp's own value for a file of this architecture that does not say
+        values = open_gguf(self.path).values
+        architecture = values["general.architecture"]
+        cap = values.get(f"{architecture}.final_logit_softcapping")
+        if cap is None:  # llama.cpp's own value for a file of this architecture that does not say
             return np.float32(30.0) if architecture == "gemma2" else None
-        return np.float32(field.contents()) or None
+        return np.float32(cap) or None
 
 
 def _head_delta(adapter: Path) -> Float32 | np.float32:
     """[V, d] what an adapter's file (in float32) adds to the head: alpha / r · B @ A, or 0."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(adapter)
-    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
-    if "output.weight.lora_a" not in tensors:
+    file = open_gguf(adapter)
+    if "output.weight.lora_a" not in file.header.tensors:
         return np.float32(0)
-    a_rd, b_Vr = tensors["output.weight.lora_a"], tensors["output.weight.lora_b"]
-    delta_Vd: Float32 = b_Vr @ a_rd * np.float32(reader.fields["adapter.lora.alpha"].contents() / len(a_rd))
+    a_rd, b_Vr = file.rows("output.weight.lora_a"), file.rows("output.weight.lora_b")
+    delta_Vd: Float32 = b_Vr @ a_rd * np.float32(file.values["adapter.lora.alpha"] / len(a_rd))
     return delta_Vd
 
 

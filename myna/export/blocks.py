@@ -8,15 +8,15 @@ nobody can see. Divergence over tokens (`export/parity.py`) cannot see one wrong
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from myna.export.encoder import Floats
+from myna.model.gguf_tensors import ROWS_AT_ONCE, GgufTensors, open_gguf
 
 BLOCK = 256
 
@@ -81,38 +81,30 @@ def compare_blocks(
     gguf_path: Path, source_rows: Callable[[str], Floats], *, with_importance: bool = False
 ) -> BlockParity:
     """Decodes a file tensor by tensor; `source_rows` gives the [R, C] float32 rows that a tensor was made from."""
-    from gguf import GGUFReader
-
     factor = IMPORTANCE_FACTOR if with_importance else 1.0
+    file = open_gguf(gguf_path)
     num_blocks, worst, worst_tensor = 0, 0.0, ""
-    for tensor in GGUFReader(gguf_path).tensors:
-        for count, share in _tensor_shares(tensor, source_rows(tensor.name), factor):
+    for name in file.header.tensors:
+        for count, share in _tensor_shares(file, name, source_rows(name), factor):
             num_blocks += count
             if not share <= worst:
-                worst, worst_tensor = share, tensor.name
+                worst, worst_tensor = share, name
     return BlockParity(num_blocks, worst, worst_tensor)
 
 
-ROWS_AT_ONCE = 1 << 20  # values that are decoded together
-
-
-def _tensor_shares(tensor: Any, source_RC: Floats, factor: float) -> list[tuple[int, float]]:
+def _tensor_shares(
+    file: GgufTensors, name: str, source_RC: Floats, factor: float
+) -> Iterator[tuple[int, float]]:
     """(blocks, the largest error over its bound) for a few rows at a time, so that memory stays small."""
-    from gguf.quants import dequantize
-
-    bound = BLOCK_BOUNDS[tensor.tensor_type.name]
-    data = tensor.data.reshape(len(source_RC), -1)
+    bound, blocks = BLOCK_BOUNDS[file.header.tensors[name].dtype], file.blocks(name)
     step = max(1, ROWS_AT_ONCE // source_RC.shape[1])
-    shares = []
     for start in range(0, len(source_RC), step):
         source = source_RC[start : start + step]
-        decoded = np.asarray(dequantize(data[start : start + step], tensor.tensor_type), dtype=np.float32)
-        error_B, largest_B = block_errors(source, decoded.reshape(source.shape))
+        error_B, largest_B = block_errors(source, file.decode(name, blocks[start : start + step]))
         allowed_B = factor * (bound.relative * largest_B + bound.slack)
         # where nothing may differ, nothing does: 0 / 0 is no error
         share_B = np.where(error_B == 0, 0.0, error_B / np.maximum(allowed_B, 1e-30))
-        shares.append((len(error_B), float(share_B.max(initial=0.0))))
-    return shares
+        yield len(error_B), float(share_B.max(initial=0.0))
 
 
 def block_errors(

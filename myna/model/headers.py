@@ -48,10 +48,14 @@ GGML_TYPES = {
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """`values` by key: scalars, strings of at most KEPT_TEXT characters (longer ones cut), and of an array its length."""
+    """`values` by key: scalars, strings of at most KEPT_TEXT characters (longer ones cut), and of an array its length.
+
+    `data_start`: the byte of the file that the tensors' offsets count from.
+    """
 
     values: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry]
+    data_start: int
 
 
 @dataclass(frozen=True)
@@ -112,8 +116,9 @@ def _gguf_header(file: _Bytes) -> GgufHeader:
     if type(alignment) is not int or not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
         refuse(file.path, f"general.alignment is {shown(alignment)}, no power of two")
     tensors, at = _gguf_tensors(file, num_tensors, at, alignment)
-    refuse_overlaps(file.path, tensors, len(file.content) - _padded(at, alignment))
-    return GgufHeader(values, tensors)
+    data_start = _padded(at, alignment)
+    refuse_overlaps(file.path, tensors, len(file.content) - data_start)
+    return GgufHeader(values, tensors, data_start)
 
 
 def _gguf_values(file: _Bytes, num_keys: int) -> tuple[dict[str, Any], int]:
