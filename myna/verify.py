@@ -105,6 +105,11 @@ def _gates(run: Run) -> Iterator[Finding]:
         detail = f"relative difference {merged['relative']:.1e} ({bound}), largest {merged['max_abs']:.1e}"
         passes = merged["relative"] <= merged["bound"]
         yield Finding("gates", "merged = base + adapter", "pass" if passes else "fail", detail)
+    adapter_file = parity.get("adapter_file")
+    if adapter_file:
+        yield Finding(
+            "gates", "adapter file: parity", adapter_file["verdict"], f"mean KL {adapter_file['mean_kl']:.5f}"
+        )
     for file_type, entry in parity.get("files", {}).items():
         if file_type not in run_files(run):
             continue
