@@ -24,7 +24,7 @@ from myna.adapters.files import CONFIG, WEIGHTS, adapter_sha256, read_adapter_co
 from myna.adapters.its_base import adapter_base
 from myna.data.render import ChatTokenizer, load_chat_tokenizer
 from myna.data.rows import as_row, load_conversations
-from myna.errors import Interrupted, ModelError, MynaError, UsageError
+from myna.errors import DataError, Interrupted, ModelError, MynaError, UsageError
 from myna.model.hub import PREFIX, fetch_repository
 from myna.model.load import read_config
 from myna.model.sources import PACKAGED, BaseFiles, Say, model_folder, resolve_base
@@ -123,7 +123,7 @@ def _from_hub(target: str, say: Say, adapters_only: bool) -> Given:
         digest = adapter_sha256(found.folder)
         return Given("adapter", found.pinned, name, found.folder, digest, commit=found.commit)
     model = model_folder(found.folder)
-    base = BaseFiles(f"{PREFIX}{found.repository}", model.folder, model.sha256, found.commit)
+    base = replace(model, name=f"{PREFIX}{found.repository}", commit=found.commit)
     return Given("model", found.pinned, name, base.folder, base.sha256, base, found.commit)
 
 
@@ -142,7 +142,7 @@ def adopted(
     Where the first stage refuses a run that was only made for it, the run goes again. Raises UsageError where a
     run of that name was made from something else.
     """
-    run = _named_run(target)
+    run = named_run(target)
     if run is not None and adapters_only and is_whole(run):
         raise _nothing_to_merge(target)
     if run is None:
@@ -163,7 +163,7 @@ def adopted(
     yield run
 
 
-def _named_run(target: str) -> Run | None:
+def named_run(target: str) -> Run | None:
     """A run by its path or name. A folder or file that lies here under the name is meant before a run under ./runs."""
     if Run(Path(target)).exists():
         return Run(Path(target))
@@ -174,16 +174,23 @@ def _named_run(target: str) -> Run | None:
 @contextmanager
 def _gone_if_refused(run: Run) -> Iterator[None]:
     """Removes a run that was refused before any stage was done: it would stand in the way of the corrected one."""
+    was_there = run.path.is_dir() and not (run.path / ".lock").exists()
     try:
         refuse_existing(run)
+        with lock_run(run):
+            pass
     except UsageError as error:
-        raise UsageError(error.message, where=error.where, help="--name NAME makes another") from None
+        raise UsageError(
+            error.message, where=error.where, help="--name NAME makes another", code=error.code
+        ) from None
     try:
         yield
     except MynaError as error:
         done = set(run.info()["stages"]) - {"train"} if run.exists() else set()
         if not done and not isinstance(error, Interrupted) and error.code != "locked":
             shutil.rmtree(run.path, ignore_errors=True)
+            if was_there:
+                run.path.mkdir()  # an empty folder of the user's stays one
         raise
 
 
@@ -195,7 +202,7 @@ def _require_same(run: Run, given: Given, base: str | None) -> None:
         reason = f"the run {run.name} was trained here; it is not made from {given.spec}"
     elif source["sha256"] != given.sha256:
         reason = f"the run {run.name} was made from {source['path']} as it was before, or from another one"
-    elif base is not None and resolve_base(base).sha256 != info["base"]["sha256"]:
+    elif base is not None and resolve_base(base).differs_from(info["base"]):
         reason = f"the run {run.name} was made with the base {info['base']['name']}"
     else:
         return
@@ -317,13 +324,34 @@ def _give_rows(run: Run, rows: Path | None, say: Say) -> None:
     recipe = stored_recipe(run)
     kept = short_enough(loaded.conversations, load_chat_tokenizer(run.tokenizer_dir), recipe, say)
     if not kept:
-        raise UsageError("every row is longer than the model's context", where=str(rows))
+        raise DataError(
+            f"every row is longer than {recipe.data.max_length} tokens, which is what the model reads at once",
+            where=str(rows),
+            help="--rows FILE with shorter rows",
+            code="cut",
+        )
     with lock_run(run):
         lines = [json.dumps(as_row(row), ensure_ascii=False) + "\n" for row in kept]
+        before = file_sha256(run.test_path) if run.test_path.is_file() else None
         write_text(run.test_path, "".join(lines))
+        if before != file_sha256(run.test_path):
+            _drop_evaluation(run, say)
         info = run.info()
         test = {"path": str(rows.resolve()), "sha256": loaded.sha256, "rows": len(kept)}
         info["data"]["test"] = {**test, "format": loaded.format_name}
         info["held_out_rows"] = len(kept)
         info["digests"] |= run.digests([run.test_path])
         write_json(run.path / "run.json", info)
+
+
+def _drop_evaluation(run: Run, say: Say) -> None:
+    """Scores of other rows would stand beside the new ones as if they were theirs."""
+    if not run.evaluation_path.is_file():
+        return
+    info = run.info()
+    info["stages"].pop("evaluate", None)
+    info["digests"].pop(run.evaluation_path.name, None)
+    write_json(run.path / "run.json", info)
+    for path in (run.evaluation_path, run.report_path):
+        path.unlink(missing_ok=True)
+    say("the scores of the rows before are removed: `myna evaluate` measures on these")

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -191,7 +191,12 @@ def _run_recipe(recipe: Any, *, resume: bool, as_json: bool) -> None:
 
 
 def _terminate(number: int, _: FrameType | None) -> None:
-    raise Interrupted("stopped", signal_number=number, help="the same command with --resume goes on")
+    raise Interrupted("stopped", signal_number=number, help=_goes_on(sys.argv[1:]))
+
+
+def _goes_on(arguments: Sequence[str]) -> str:
+    resumes = next((a for a in arguments if not a.startswith("-")), "") in ("train", "run")
+    return f"the same command {'with --resume' if resumes else 'again'} goes on"
 
 
 def main() -> None:
@@ -223,9 +228,7 @@ def exit_code(arguments: list[str]) -> int:
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         _tell(
-            Interrupted(
-                "stopped", signal_number=signal.SIGINT, help="the same command with --resume goes on"
-            ),
+            Interrupted("stopped", signal_number=signal.SIGINT, help=_goes_on(arguments)),
             as_json,
         )
         return 128 + signal.SIGINT

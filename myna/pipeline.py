@@ -18,13 +18,12 @@ from myna.engine.memory import forget_models
 from myna.errors import Interrupted, MynaError, UsageError
 from myna.evaluate.run_files import read_metrics
 from myna.evaluate.stage import evaluate_stage
-from myna.export.quantize import quant_type
-from myna.export.stage import export_stage, merge_stage
-from myna.prepare import prepare
+from myna.export.stage import export_stage, merge_stage, require_types
+from myna.prepare import keep_trained, prepare
 from myna.recipe import Recipe, setting_lines
 from myna.run import Run, file_sha256, lock_run, read_json, run_files, write_text
 from myna.show import Show
-from myna.stored import refuse_existing, run_of, stored_recipe
+from myna.stored import is_adopted, refuse_existing, run_of, stored_recipe
 
 
 def run_recipe(recipe: Recipe, *, resume: bool = False, show: Show | None = None) -> dict[str, Any]:
@@ -44,15 +43,23 @@ def train_stage(recipe: Recipe, *, resume: bool = False, show: Show | None = Non
     from myna.train import catch_signals, train
 
     show = show or Show()
-    for file_type in recipe.export.quantize:
-        quant_type(file_type)
+    require_types(recipe.export.quantize, importance=recipe.export.importance)
     run = run_of(recipe)
+    if run.exists() and is_adopted(run):
+        raise UsageError(
+            f"the run {run.name} was made from {run.info()['source']['path']}, not trained here",
+            where=str(run.path),
+            help="--set run.name=NAME starts another run",
+            code="run-exists",
+        )
     if not (resume and run.exists()):
         refuse_existing(run)
     started = time.perf_counter()
     show.stage("train")
     with lock_run(run) if run.exists() else _locked_when_made(run):
-        if run.exists() and run.stage("train") and not Path(recipe.data.train).is_file():
+        rows = (recipe.data.train, recipe.data.test)
+        if run.exists() and run.stage("train") and not all(Path(path).is_file() for path in rows if path):
+            keep_trained(recipe, run)
             show.say("the adapter is trained already (its rows are no longer where they were)")
             return run
         prepared = prepare(recipe, run, show.say)
@@ -78,7 +85,7 @@ def train_stage(recipe: Recipe, *, resume: bool = False, show: Show | None = Non
                 "trainable_parameters": _num_parameters(run),
                 "adapter_sha256": file_sha256(run.adapter_dir / "adapter_model.safetensors"),
             },
-            [run.adapter_dir],
+            [run.adapter_dir, run.metrics_path],
         )
         if number is not None:
             raise Interrupted(
@@ -99,8 +106,13 @@ def outcome(run: Run) -> dict[str, Any]:
     parity = read_json(run.parity_path) if run.parity_path.is_file() else {}
     keys = ("exact_match", "interval", "field_f1", "token_f1", "mb", "tokens_per_s", "num_rows")
     files = {t: str(run.path / entry["path"]) for t, entry in run_files(run).items()}
-    measured = {t: parity.get("files", {})[t] for t in files}
-    proven = "merged" in parity and all(entry["verdict"] == "pass" for entry in measured.values())
+    measured = {t: parity["files"][t] for t in files if t in parity.get("files", {})}
+    no_merge = (
+        run.stage("merge") is None
+    )  # a model that was given whole, or files straight from base + adapter
+    proven = ("merged" in parity or no_merge) and all(
+        measured.get(t, {}).get("verdict") == "pass" for t in files
+    )
     return {
         "run": str(run.path),
         "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
@@ -121,6 +133,7 @@ def outcome(run: Run) -> dict[str, Any]:
 @contextmanager
 def _locked_when_made(run: Run) -> Iterator[None]:
     """Locks a run that is about to be made; where nothing came of it, the empty folder goes again."""
+    was_there = run.path.is_dir() and not (run.path / ".lock").exists()
     with lock_run(run):
         try:
             yield
@@ -129,6 +142,8 @@ def _locked_when_made(run: Run) -> Iterator[None]:
             refused = isinstance(error, MynaError) and not isinstance(error, Interrupted)
             if refused and not run.metrics_path.exists():
                 shutil.rmtree(run.path, ignore_errors=True)
+                if was_there:
+                    run.path.mkdir()  # an empty folder of the user's stays one
             elif not run.exists() and {p.name for p in run.path.glob("*")} <= {".lock"}:
                 (run.path / ".lock").unlink(missing_ok=True)
                 run.path.rmdir()

@@ -97,6 +97,37 @@ def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
     return Prepared(run, resolved, base, tokenizer, tuple(examples), tuple(test), plan)
 
 
+def keep_trained(recipe: Recipe, run: Run) -> None:
+    """For a trained run whose rows are gone: refuses other settings, and keeps the free ones, as `prepare` does.
+
+    What the recipe leaves open is as it was found when the run was made. RecipeError naming every difference.
+    """
+    before = stored_recipe(run)
+    model, data, train = recipe.model, recipe.data, recipe.train
+    base = model.base
+    is_path = base not in PACKAGED and not base.startswith("hf:")
+    paths = {
+        name: str(Path(path).resolve())
+        for name, path in (("train", data.train), ("test", data.test))
+        if path is not None
+    }
+    left_open = {"max_length": data.max_length or before.data.max_length}
+    rate = train.learning_rate or before.train.learning_rate
+    packs = train.pack_tokens or before.train.pack_tokens
+    resolved = recipe.model_copy(
+        update={
+            "run": recipe.run.model_copy(update={"name": before.run.name}),
+            "model": model.model_copy(update={"base": str(Path(base).resolve()) if is_path else base}),
+            "data": data.model_copy(update=paths | left_open),
+            "train": train.model_copy(update={"learning_rate": rate, "pack_tokens": packs}),
+        }
+    )
+    _refuse_changes(run, resolved, {"base": run.info()["base"], "data": {}})
+    if resolved != before:
+        write_text(run.recipe_path, recipe_yaml(resolved))
+        run.record([run.recipe_path])
+
+
 def render_rows(
     rows: Sequence[Conversation], tokenizer: ChatTokenizer, recipe: Recipe, say: Say
 ) -> list[Example]:
@@ -295,8 +326,11 @@ def _refuse_changes(run: Run, recipe: Recipe, inputs: Mapping[str, Any]) -> None
         if before.get(key) != now.get(key) and not key.startswith(FREE_SETTINGS)
     ]
     info = run.info()
-    if info["base"]["sha256"] != inputs["base"]["sha256"]:
+    recorded, base = info["base"], inputs["base"]
+    if recorded["sha256"] != base["sha256"]:
         changed.append("the weights of the base model changed")
+    elif recorded.get("config_sha256", base.get("config_sha256")) != base.get("config_sha256"):
+        changed.append("config.json of the base model changed")
     for name, file in inputs["data"].items():
         if info["data"].get(name, {}).get("sha256") != file["sha256"]:
             changed.append(f"the file data.{name} changed ({file['path']})")

@@ -18,6 +18,7 @@ from typing import Any
 from myna.errors import DataError, MachineError, UsageError
 
 RUNS_DIR = Path("runs")
+OF_DESKTOPS = ("Thumbs.db", "desktop.ini")  # besides names with a dot in front: nothing of ours
 
 
 @dataclass(frozen=True)
@@ -105,22 +106,22 @@ class Run:
         """Enters a finished stage into run.json, with the digests of the files (or whole folders) that it wrote."""
         info = self.info()
         info["stages"][name] = {**entry, "done": timestamp()}
-        info["digests"] = info.get("digests", {}) | self.digests(files)
-        write_json(self.path / "run.json", info)
+        self._write_digests(info, files)
 
     def record(self, files: Sequence[Path]) -> None:
         """Enters digests of files that are no stage's own."""
-        info = self.info()
-        info["digests"] = info.get("digests", {}) | self.digests(files)
+        self._write_digests(self.info(), files)
+
+    def _write_digests(self, info: dict[str, Any], files: Sequence[Path]) -> None:
+        """A folder is entered as it is now: what it held before, and no longer does, is not missed."""
+        within = tuple(f"{path.relative_to(self.path).as_posix()}/" for path in files)
+        others = {n: d for n, d in info.get("digests", {}).items() if not n.startswith(within)}
+        info["digests"] = others | self.digests(files)
         write_json(self.path / "run.json", info)
 
     def digests(self, files: Sequence[Path]) -> dict[str, str]:
         """SHA-256 of files, and of all files in folders, by their path in the run."""
-        found = [
-            file
-            for path in files
-            for file in (sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path])
-        ]
+        found = [file for path in files for file in (folder_files(path) if path.is_dir() else [path])]
         return {file.relative_to(self.path).as_posix(): file_sha256(file) for file in found}
 
 
@@ -139,6 +140,15 @@ def run_files(run: Run) -> dict[str, Any]:
     files = (run.stage("export") or {}).get("files", {})
     assert isinstance(files, dict)
     return files
+
+
+def folder_files(folder: Path) -> list[Path]:
+    """All files in a folder and below it, without those that a desktop leaves everywhere."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith(".") and path.name not in OF_DESKTOPS
+    )
 
 
 def run_path(name: str) -> Path:

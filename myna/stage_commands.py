@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from myna.errors import CheckFailed
+from myna.errors import CheckFailed, UsageError
 from myna.show import Show
 from myna.terminal import AsJson, new_console, outcome_table, print_findings, print_json, run_stage
 
@@ -69,11 +69,13 @@ def export(
 
     def work(show: Show) -> Mapping[str, Any]:
         with adopted(target, base=base, name=name, rows=rows, show=show) as run:
+            if direct and is_whole(run):
+                raise UsageError("there is no adapter: leave --direct out", where=str(run.path))
             paths = {}
             if adapter:
                 paths["adapter"] = str(run.path / adapter_stage(run, show=show)["path"])
             if quantize or not adapter:
-                wanted = quantize.split(",") if quantize else stored_recipe(run).export.quantize
+                wanted = quantize.upper().split(",") if quantize else stored_recipe(run).export.quantize
                 if not (is_whole(run) or direct):
                     merge_stage(run, show=show)
                 files = export_stage(run, [part.strip() for part in wanted], show=show, direct=direct)

@@ -8,9 +8,9 @@ from myna.data.conversation import Conversation
 from myna.data.rows import load_conversations
 from myna.errors import RecipeError, UsageError
 from myna.model.hub import PREFIX
-from myna.model.sources import BaseFiles, Say, resolve_base
+from myna.model.sources import BaseFiles, Say, known_sha256, resolve_base
 from myna.recipe import GivenRecipe, Recipe, load_recipe
-from myna.run import Run, run_path
+from myna.run import Run, folder_files, run_path
 
 
 def run_of(recipe: Recipe) -> Run:
@@ -37,11 +37,12 @@ def is_whole(run: Run) -> bool:
 
 
 def run_base(run: Run, say: Say = lambda _: None) -> BaseFiles:
-    """The base a run was trained on. RecipeError where what its name leads to now has other weights."""
+    """The base a run was trained on. RecipeError where what its name leads to now is another one."""
     base = resolve_base(pinned_base(run, stored_recipe(run).model.base), say)
-    if base.sha256 != run.info()["base"]["sha256"]:
+    other = base.differs_from(run.info()["base"])
+    if other:
         raise RecipeError(
-            f"the weights of {base.name} are not those the run was made with",
+            f"{other} of {base.name} are not those the run was made with",
             where=str(run.path),
             help="put the old ones back, or make a new run under another name",
             code="changed",
@@ -90,14 +91,19 @@ def held_out(run: Run) -> tuple[Conversation, ...]:
 
 
 def training_rows(run: Run, max_rows: int) -> tuple[Conversation, ...]:
-    """The first rows of the run's training file, with its system text; none where Myna did not train it."""
+    """The first rows of the run's training file, with its system text and without those that were held out.
+
+    None where Myna did not train it.
+    """
     data = stored_recipe(run).data
     if not data.train:
         return ()
     loaded = load_conversations(
         Path(data.train), format_name=data.format, columns=data.columns, max_rows=max_rows
     )
-    return tuple(row.with_system(data.system) for row in loaded.conversations)
+    tested = {row.messages for row in held_out(run)}
+    rows = (row.with_system(data.system) for row in loaded.conversations)
+    return tuple(row for row in rows if row.messages not in tested)
 
 
 def require_model(run: Run) -> None:
@@ -112,3 +118,40 @@ def model_dir(run: Run) -> Path:
     RecipeError where that folder has other weights now.
     """
     return run_base(run).folder if is_whole(run) else run.merged_dir
+
+
+def require_unchanged(run: Run, folder: Path) -> None:
+    """RecipeError where adapter/, merged/ or tokenizer/ is not what the stage that wrote it left, by run.json's digests.
+
+    A file that is gone or has come counts too. A run made before digests were kept has that of its adapter's weights.
+    """
+    name = folder.relative_to(run.path).as_posix()
+    recorded = recorded_digests(run, name)
+    there = {file.relative_to(run.path).as_posix() for file in folder_files(folder)}
+    for file in sorted(recorded.keys() | (there if is_recorded_whole(run, name) else set())):
+        if file not in there or file not in recorded:
+            fault = "is gone" if file in recorded else "was not there when the run wrote that folder"
+        elif known_sha256(run.path / file) != recorded[file]:
+            fault = "is not what the run left there: its SHA-256 is another one"
+        else:
+            continue
+        again = f"delete {folder}, then `myna merge {run.path}` writes it again"
+        cure = again if folder == run.merged_dir else "train again: --set run.name=NAME starts another run"
+        raise RecipeError(
+            f"{file} {fault}", where=str(run.path), help=f"put back what was there, or {cure}", code="changed"
+        )
+
+
+def is_recorded_whole(run: Run, folder: str) -> bool:
+    """Whether the files of a folder were entered when they were written: runs made before that have none."""
+    return any(name.startswith(f"{folder}/") for name in run.info().get("digests", {}))
+
+
+def recorded_digests(run: Run, folder: str) -> dict[str, str]:
+    """SHA-256 by path of the files of a folder of the run, as far as run.json has them."""
+    info = run.info()
+    found = {n: d for n, d in info.get("digests", {}).items() if n.startswith(f"{folder}/")}
+    of_weights = info["stages"].get("train", {}).get("adapter_sha256")
+    if not found and of_weights and folder == run.adapter_dir.name:
+        return {f"{folder}/adapter_model.safetensors": of_weights}
+    return found

@@ -117,7 +117,8 @@ def print_outcome(console: Console, outcome: Mapping[str, Any], examples: list[M
     for name, parity in outcome["parity"].items():
         if isinstance(parity, Mapping) and "mean_kl" in parity:
             console.print(
-                f"{name} = merged: mean KL {parity['mean_kl']:.4f}, same top token {parity['same_top']:.1%}",
+                f"{name} against {parity.get('origin', 'merged')}: mean KL {parity['mean_kl']:.4f}, "
+                f"same top token {parity['same_top']:.1%}",
                 highlight=False,
             )
     seconds = outcome["seconds"]
@@ -135,7 +136,7 @@ def print_findings(console: Console, story: Sequence[tuple[str, str]], findings:
     """`verify`: the story, then what was looked at, part by part; digests that hold are counted, not listed."""
     for what, how in story:
         console.print(f"{what:<9}{_plain(how)}", highlight=False)
-    colours = {"pass": "green", "fail": "red", "gone": "yellow"}
+    colours = {"pass": "green", "fail": "red", "gone": "yellow", "refused": "yellow"}
     for part in dict.fromkeys(finding.part for finding in findings):
         of_part = [finding for finding in findings if finding.part == part]
         console.print(f"\n[bold]{part}[/bold]")
@@ -143,7 +144,7 @@ def print_findings(console: Console, story: Sequence[tuple[str, str]], findings:
             colour, digest = colours[finding.verdict], finding.detail
             shown = f"{digest[:16]}…" if len(digest) == 64 and " " not in digest else digest
             console.print(
-                f"  [{colour}]{finding.verdict:<5}[/] {_plain(finding.name)}  [dim]{_plain(shown)}[/dim]",
+                f"  [{colour}]{finding.verdict:<7}[/] {_plain(finding.name)}  [dim]{_plain(shown)}[/dim]",
                 highlight=False,
             )
 

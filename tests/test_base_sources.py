@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from myna.errors import MachineError, ModelError
 from myna.export.gguf import write_gguf
 from myna.model import sources
 from myna.model.load import load_base
-from myna.model.sources import PackagedBase, resolve_base
+from myna.model.sources import PackagedBase, base_on_disk, resolve_base
 from myna.run import file_sha256
 
 
@@ -122,3 +123,96 @@ def test_a_broken_gguf_is_refused(tmp_path: Path, cache: Path, name: str, conten
         resolve_base(str(tmp_path / name))
     assert name in (caught.value.where or "")
     assert not list(cache.rglob("hf")) and not list(cache.rglob(".tmp-*"))
+
+
+def double_a_weight(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 2
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def another_epsilon(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+
+
+def lose_the_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def add_weights(folder: Path) -> None:
+    (folder / "more.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+
+
+def lose_the_digests(folder: Path) -> None:
+    (folder / sources.DIGESTS).unlink()
+
+
+SPOILED = {
+    "weights": (double_a_weight, "changed"),
+    "config": (another_epsilon, "changed"),
+    "lost": (lose_the_weights, "changed"),
+    "more": (add_weights, "changed"),
+    "older": (lose_the_digests, "before digests"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+@pytest.mark.parametrize("name", ["tiny", "file"])
+def test_an_unpacked_copy_that_changed_is_unpacked_again(
+    packaged: PackagedBase, file: Path, tmp_path: Path, name: str, how: str
+) -> None:
+    """The digest of a .gguf says nothing of the safetensors that were made of it."""
+    target = "tiny" if name == "tiny" else str(shutil.copy(file, tmp_path / "other.gguf"))
+    found = resolve_base(target)
+    names = {path.name for path in found.folder.iterdir()}
+    kept = {path.name: file_sha256(path) for path in found.folder.glob("*.safetensors")}
+    spoil, reason = SPOILED[how]
+    spoil(found.folder)
+    if how != "older":
+        with pytest.raises(ModelError, match="changed"):
+            base_on_disk(target)
+    said: list[str] = []
+    assert resolve_base(target, said.append) == found
+    assert any(reason in sentence for sentence in said)
+    assert {path.name: file_sha256(path) for path in found.folder.glob("*.safetensors")} == kept
+    assert {path.name for path in found.folder.iterdir()} == names
+    assert base_on_disk(target) == found
+
+
+def test_a_packaged_file_by_its_path_is_not_read_from_a_changed_copy(packaged: PackagedBase, cache: Path) -> None:
+    found = resolve_base("tiny")
+    double_a_weight(found.folder)
+    again = resolve_base(str(cache / "bases/tiny/tiny.gguf"))
+    config = json.loads((again.folder / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    from safetensors.torch import load_file
+
+    assert float(load_file(again.folder / "model.safetensors")["model.norm.weight"].max()) == 1.0
+
+
+def test_looking_fetches_and_unpacks_nothing(
+    packaged: PackagedBase, file: Path, cache: Path, tmp_path: Path
+) -> None:
+    for spec in ("tiny", str(tmp_path / "none"), str(tmp_path / "none.gguf"), "hf:nobody/nothing"):
+        assert base_on_disk(spec) is None
+    seen = base_on_disk(str(file))
+    assert seen is not None and seen.sha256 == file_sha256(file)
+    assert not cache.exists()
+    resolve_base("tiny")
+    gguf = cache / "bases/tiny/tiny.gguf"
+    gguf.write_bytes(gguf.read_bytes()[:-1] + b"x")
+    with pytest.raises(ModelError, match="not the file that was published"):
+        base_on_disk("tiny")
+
+
+def test_a_broken_folder_on_this_disk_is_not_gone(tiny_base: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_base, tmp_path / "base")
+    seen = base_on_disk(str(tmp_path / "base"))
+    assert seen is not None and seen.config_sha256 == file_sha256(tiny_base / "config.json")
+    weights = tmp_path / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError):
+        base_on_disk(str(tmp_path / "base"))

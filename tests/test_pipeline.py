@@ -164,12 +164,12 @@ def test_a_file_that_is_not_the_model_fails_and_gets_no_name(
     other = tmp_path / "other"
     shutil.copytree(run.merged_dir, other)
     tensors = load_file(other / "model.safetensors")
-    tensors["model.layers.0.mlp.down_proj.weight"] *= 1.3
+    tensors["model.layers.0.mlp.down_proj.weight"] *= 4
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     honest = writer.write_gguf
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer, "write_gguf", lambda _, *rest, **more: honest(other, *rest, **more))
-        with pytest.raises(CheckFailed, match=r"Q6_K: mean KL .* is beyond") as caught:
+        with pytest.raises(CheckFailed, match=r"Q6_K: mean KL .* is beyond .*; weights: ") as caught:
             stage.export_stage(run, ["Q6_K"])
     assert caught.value.exit_code == 5
     assert not run.gguf_path("Q6_K").exists()
@@ -187,13 +187,11 @@ def test_tokens_that_differ_in_llama_cpp_fail_the_export(
 
     run = Run(tmp_path / "orders")
     shutil.copytree(walked[0] / "runs/orders", run.path)
-    path = run.tokenizer_dir / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    # the run's tokenizer keeps no merges: what it says is not what the file, written with merged/'s, says
     written = tmp_path / "written"
     shutil.copytree(run.tokenizer_dir, written)
-    tokenizer["model"]["merges"] = []
-    path.write_text(json.dumps(tokenizer))
+    tokenizer = json.loads((written / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:40]
+    (written / "tokenizer.json").write_text(json.dumps(tokenizer))
     from myna.export import gguf as writer
 
     honest = writer.write_gguf
@@ -201,7 +199,7 @@ def test_tokens_that_differ_in_llama_cpp_fail_the_export(
         patch.setattr(
             writer, "write_gguf", lambda model, _, *rest, **more: honest(model, written, *rest, **more)
         )
-        with pytest.raises(CheckFailed, match="tokens: token 13 of conversation 0"):
+        with pytest.raises(CheckFailed, match=r"tokens: token \d+ of conversation \d+"):
             stage.export_stage(run, ["Q6_K"])
 
 

@@ -131,7 +131,7 @@ def test_the_whole_page_says_what_the_files_say(run_dir: Path) -> None:
         "Q4_K_M is 5.1 times smaller than tuned and 1.0 points lower.",
         "Verdict: pass.",
         "1.3\u00a0×\u00a010⁻⁶ (bound 1\u00a0×\u00a010⁻⁵)",
-        "Over 1,200 held-out tokens",
+        "Over 1,200 tokens",
         "the same token ids",
         "180 × Q5_0 · 61 × F32 · 31 × Q8_0",
         "3 min 20 s",

@@ -118,6 +118,8 @@ def refused(template: str, within: float = 5.0, **given: Any) -> str:
 
 
 GROW = "{% set n = namespace(x='ab', y=[1]) %}{% for i in range(99) %}"
+CHAIN = "{%% set c = namespace(v=0) %%}{%% for i in range(60) %%}{%% set c.v = %s %%}{%% endfor %%}{{ c.v }}"
+LISTS = "{% set a = range(90000)|list %}{% set b = range(90000)|list %}"
 BAD = (
     "{{ [1] * 10**9 }}", "{{ 10**9 * 'a' }}", "{{ 'a'.ljust(10**9) }}", "{{ 'a'.zfill(10**9) }}",
     "{{ '%*d' % (10**9, 1) }}", "{{ '{:{}}'.format(1, 10**9) }}", "{{ '%1000000000d'|format(1) }}",
@@ -133,6 +135,31 @@ BAD = (
     GROW + "{% set t %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = t %}{% endfor %}",
     "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
     "{% set a = 'a' * 999999 %}{% for i in range(9999) %}{% if 'ab' in a[1:] %}{% endif %}{% endfor %}",
+    CHAIN % "namespace(a=c.v, b=c.v)", CHAIN % "{1: [c.v, c.v]}.values()", CHAIN % "{1: [c.v, c.v]}.items()",
+    CHAIN % "cycler(c.v, c.v).items", CHAIN % "[c.v, c.v]|batch(1)|list", CHAIN % "dict(a=c.v, b=c.v).copy()",
+    "{% macro f() %}{% set c.v = varargs %}{% endmacro %}" + CHAIN % "0 if f(c.v, c.v) else c.v",
+    "{% macro f() %}{% set c.v = kwargs %}{% endmacro %}" + CHAIN % "0 if f(a=c.v, b=c.v) else c.v",
+    CHAIN % "(c.v, c.v)" + "{% if c.v == c.v[1:] %}{% endif %}",
+    LISTS + "{% for i in range(60) %}" + "{% if a == b %}{% endif %}" * 1500 + "{% endfor %}",
+    LISTS + "{% for i in range(60) %}" + "{% if 'x' in a %}{% endif %}" * 1500 + "{% endfor %}",
+    LISTS + "{% if a == b %}{% endif %}" * 2500, LISTS + "{% if a is eq b %}{% endif %}" * 2500,
+    LISTS + "{{ a|select('in', b)|list|length }}", LISTS + "{% if a is in [b] %}{% endif %}" * 2500,
+    LISTS + "{{ a.index(-1) if 0 }}{% if a.count(-1) %}{% endif %}" * 999, LISTS + "{% set x = a|select('odd')|list %}" * 999,
+    "{% set a = 'a' * 900000 %}{% for i in range(9999) %}"
+    + "{% if 'b' in a %}{% endif %}" * 99 + "{% endfor %}",
+    "{% set d = range(100000)|list %}{{ d|map(attribute='a" + ".a" * 9999 + "')|list|length }}",
+    "{{ range(100000)" + "|select('defined')" * 300 + "|list|length }}",
+    "{% set a = range(20000)|list %}{% set d = {1: 1} %}" + "{% if d[(a, a)|first] %}{% endif %}" * 9,
+    "{{ ('a' * 500000).strip('b' * 500000 ~ 'a') }}", "{{ ('a' * 500000)|trim('b' * 500000 ~ 'a') }}",
+    "{{ ('a' * 500000).rfind('b' ~ 'a' * 250000) }}", "{{ ('a' * 500000).rsplit(sep='b' ~ 'a' * 250000) }}",
+    "{{ (('<!-- -->' * 60000)|safe).striptags() }}", "{% autoescape true %}{{ '<' }}{% endautoescape %}",
+    "{{ ('%(a)s' * 2000) % {'a': 'x' * 500000} }}", "{{ ('%(a)s' * 2000)|format(a='x' * 500000) }}",
+    "{{ '%(a)1000000000d' % {'a': 1} }}", "{{ '%(a%b)1000000000d' % {'a%b': 1} }}", "{{ ('%9999d' * 999) % ([1] * 999) }}",
+    "{{ ('{0}' * 250).format(['a' * 300000]) }}", "{% set n = namespace(v='a' * 300000) %}{{ ('{0.v}' * 999).format(n) }}",
+    "{{ [['a' * 300000] * 9] * 9 ~ '' }}", "{% set a = ['\x01' * 900000] %}" + "{{ a }}" * 99,
+    "{% set a = ['\x01' * 900000] %}" + "{{ a|tojson|length }}" * 9, "{{ [10 ** 2000] * 99999 }}", "{{ 'a'.join }}",
+    "{% set d = dict.fromkeys(range(99999), 1) %}" + "{% set x = d.keys() - [] %}" * 99, "{{ {1: 2}.keys() - [] }}",
+    "{{ [('a'|safe).join] }}", "{{ [raise_exception] }}", "{{ namespace(a=1) }}", "{{ range(9)|slice(10**9)|list }}",
     "{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}", "{% set n = namespace(__class__=1) %}",
 )  # fmt: skip
 
@@ -140,6 +167,43 @@ BAD = (
 @pytest.mark.parametrize("template", BAD)
 def test_what_would_take_all_memory_is_refused(template: str) -> None:
     refused(template)
+
+
+def test_a_large_conversation_gives_no_room_to_multiply_it() -> None:
+    messages = [{"role": "user", "content": "w" * 100_000}]
+    with pytest.raises(ModelError, match="more text than"):
+        compile_template("{{ ('{0}' * 2000).format(['a' * 8000000]) }}").render(messages=messages)
+
+
+GENERATION = (
+    "{% set x = 1 %}{% for m in messages %}{%- generation -%} {% set x = 2 %}{{ x }}{{ loop.index }} {% endgeneration %}"
+    "{{ x }}{% endfor %}",
+    "a\n  {%+ generation %}b{% endgeneration +%}\n c", "{%-generation-%}\n{{ messages|length }}\n{%-endgeneration-%}\n x",
+    "{% raw %}{% generation %}{% endgeneration %}{% endraw %}{{ '{% generation %}' }}",
+    "{% set n = namespace(v=1) %}{% generation %}{% set n.v = 2 %}{% endgeneration %}{{ n.v }}",
+)  # fmt: skip
+BOUNDED = (
+    "{{ range(7)|batch(3, 'x')|list }}{{ range(7)|slice(3, 'x')|list }}{{ '<&'|e|forceescape }}",
+    "{{ {'a': [1, none, 'x', 2.5]} }}{{ messages[0].items()|list }}{{ [1] ~ {'a': 2} ~ none ~ 1 }}",
+    "{{ '%(a)s %(b)05.1f%% %s' % {'a': 'x', 'b': 2} }}{{ '%s' % [1] }}{{ '{a}{0!r:>9}'.format('z', a=[1]) }}",
+    "{{ 5 - 2.5 }}{{ 'xxaxx'.strip('x') }}{{ messages[messages|length - 1].role in ['user'] }}{{ 1 < 2 < 3 }}",
+    "{% macro f(a) %}{{ a }}{{ varargs }}{{ kwargs }}{% endmacro %}{{ f(1, 2, [3], x=4) }}",
+)
+
+
+@pytest.mark.parametrize("template", GENERATION + BOUNDED)
+def test_what_is_bounded_and_what_is_marked_is_written_as_transformers_does(template: str) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    theirs, _ = render_jinja_template([MESSAGES], chat_template=template)
+    assert compile_template(template).render(messages=MESSAGES) == theirs[0]
+
+
+def test_a_filter_that_is_not_run_is_named() -> None:
+    with pytest.raises(ModelError, match="can't be run: Myna does not run the filter pprint in a template"):
+        compile_template("{{ messages|pprint }}")
+    with pytest.raises(ModelError, match="does not run the filter urlize in"):
+        compile_template("{{ ['a']|map('urlize')|list }}").render()
 
 
 def test_the_limit_is_one_of_processor_time_and_holds_off_the_main_thread() -> None:

@@ -151,3 +151,134 @@ def test_a_stage_made_again_is_recorded_again(run: Run) -> None:
     export_stage(run, ["F16"])
     assert by_name(verify_run(run), "fail") == set()
     assert {"F16", "F16: weights"} <= by_name(verify_run(run), "pass")
+
+
+def truncate_parity(run: Run) -> None:
+    run.parity_path.write_text('{"merged":')
+
+
+def parity_without_a_key(run: Run) -> None:
+    parity = read_json(run.parity_path)
+    del parity["merged"]["bound"]
+    write_json(run.parity_path, parity)
+
+
+def parity_of_another_kind(run: Run) -> None:
+    write_json(run.parity_path, read_json(run.parity_path) | {"files": ["Q8_0"]})
+
+
+def delete_recipe(run: Run) -> None:
+    run.recipe_path.unlink()
+
+
+def spoil_evaluation(run: Run) -> None:
+    run.evaluation_path.write_text("x")
+
+
+def evaluation_without_results(run: Run) -> None:
+    write_json(run.evaluation_path, {"rows": 4, "results": {"base": {}}})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "name"),
+    [
+        (truncate_parity, "parity.json"),
+        (parity_without_a_key, "parity.json"),
+        (parity_of_another_kind, "parity.json"),
+        (delete_recipe, "recipe.yaml"),
+        (spoil_evaluation, "evaluation.json"),
+        (evaluation_without_results, "evaluation.json"),
+    ],
+)
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_spoiled_file_is_a_finding(
+    spoil: Callable[[Run], None], name: str, recorded: bool, run: Run, myna: Command
+) -> None:
+    spoil(run)
+    if recorded and (run.path / name).is_file():  # then it is not the digest that tells it
+        run.record([run.path / name])
+    done = myna("verify", str(run.path), "--json")
+    assert done.returncode == 5, done.stderr
+    told = json.loads(done.stdout)
+    assert {f["name"] for f in told["findings"] if f["verdict"] == "fail"} == {name}
+    assert "made" in told["story"] and ("trained" in told["story"]) == (name != "recipe.yaml")
+    assert myna("verify", str(run.path)).returncode == 5
+
+
+def made_before_digests(run: Run) -> None:
+    info = run.info()
+    del info["digests"]
+    write_json(run.path / "run.json", info)
+
+
+def test_a_run_made_before_digests_is_compared_as_far_as_it_can_be(run: Run) -> None:
+    made_before_digests(run)
+    (run.merged_dir / "mine.txt").write_text("kept nowhere")
+    run.record([run.evaluation_path])  # what a new stage does
+    findings = verify_run(run)
+    assert by_name(findings, "fail") == set() and by_name(findings, "gone") == {"digests"}
+    assert "adapter/adapter_model.safetensors" in by_name(findings, "pass")
+    detail = next(f.detail for f in findings if f.name == "digests")
+    assert "before digests were kept" in detail and "adapter" in detail and "merged" in detail
+    (run.adapter_dir / "adapter_model.safetensors").write_bytes(b"x")
+    assert by_name(verify_run(run), "fail") == {"adapter/adapter_model.safetensors"}
+
+
+def test_a_broken_base_on_this_disk_is_not_gone(run: Run, tmp_path: Path) -> None:
+    base = Path(next(f for f in verify_run(run) if f.name.startswith("base ")).name.removeprefix("base "))
+    weights = base / "model.safetensors"
+    whole = weights.read_bytes()
+    try:
+        weights.write_bytes(whole[:-100])
+        found = {f.verdict for f in verify_run(run) if f.name == f"base {base}"}
+        assert found == {"fail"}
+        weights.write_bytes(whole)
+        config = (base / "config.json").read_text()
+        (base / "config.json").write_text(json.dumps(json.loads(config) | {"rms_norm_eps": 0.1}))
+        told = next(f for f in verify_run(run) if f.name == f"base {base}")
+        assert told.verdict == "fail" and "config.json" in told.detail
+        (base / "config.json").write_text(config)
+        base.rename(base.with_name("away"))
+        assert {f.verdict for f in verify_run(run) if f.name == f"base {base}"} == {"gone"}
+        base.with_name("away").rename(base)
+    finally:
+        weights.write_bytes(whole)
+
+
+def test_a_type_that_was_refused_its_name_is_told(run: Run, myna: Command) -> None:
+    parity = read_json(run.parity_path)
+    entry = parity["files"]["Q8_0"]
+    far = {**entry, "verdict": "fail", "mean_kl": 3.5}
+    unloadable = {"verdict": "fail", "gates": {"loads": {"verdict": "fail", "detail": "llama.cpp says no"}}}
+    write_json(run.parity_path, parity | {"failed": {"Q2_K": far, "F16": unloadable}})
+    run.record([run.parity_path])
+    refused = {f.name: f.detail for f in verify_run(run) if f.verdict == "refused"}
+    assert refused.keys() == {"Q2_K: not exported", "F16: not exported"}
+    assert "mean KL 3.5" in refused["Q2_K: not exported"] and "says no" in refused["F16: not exported"]
+    plain = myna("verify", str(run.path))
+    assert plain.returncode == 0 and "refused" in plain.stdout
+
+
+def test_forged_metrics_and_scores_of_other_rows_are_told(run: Run) -> None:
+    run.metrics_path.write_text('{"step": 1, "loss": 0.0, "target_tokens": 1}\n')
+    run.test_path.write_text("".join(run.test_path.read_text().splitlines(keepends=True)[1:]))
+    run.record([run.test_path])
+    found = {f.name: f.detail for f in verify_run(run) if f.verdict == "fail"}
+    assert found.keys() == {"metrics.jsonl", "evaluation.json"}
+    assert found["evaluation.json"] == "evaluation.json is of other rows"
+
+
+def test_what_a_desktop_leaves_fails_nothing(run: Run) -> None:
+    for name in (".DS_Store", "Thumbs.db"):
+        (run.merged_dir / name).write_bytes(b"x")
+    assert by_name(verify_run(run), "fail") == set()
+
+
+def test_merged_that_changed_is_not_measured_as_tuned(run: Run) -> None:
+    from myna.errors import RecipeError
+    from myna.evaluate.stage import evaluate_stage
+
+    path = run.merged_dir / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-2] + b"xx")
+    with pytest.raises(RecipeError, match="merged/"):
+        evaluate_stage(run, again=True)

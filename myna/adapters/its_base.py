@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from myna.adapters.files import CONFIG, read_adapter_config, trained_on
@@ -55,8 +56,10 @@ def _recorded(folder: Path, say: Say) -> tuple[str, BaseFiles]:
     wanted = given or (revision if isinstance(revision, str) and revision else None)
     cached = cached_repository(repository, wanted)
     if cached is not None:
-        base = model_folder(cached.folder)
-        return cached.pinned, BaseFiles(f"{PREFIX}{repository}", base.folder, base.sha256, cached.commit)
+        base = replace(
+            model_folder(cached.folder), name=f"{PREFIX}{repository}", commit=cached.commit
+        )
+        return cached.pinned, base
     at = f"@{wanted}" if wanted else ""
     is_path = name.startswith((".", "/", "~")) or repository.count("/") != 1
     raise ModelError(

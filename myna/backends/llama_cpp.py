@@ -13,7 +13,7 @@ import http.client
 import json
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -125,18 +125,30 @@ class LlamaCppBackend:
         """The chat template that llama.cpp has of the file."""
         return str(self._child("generate").get("/props").get("chat_template", ""))
 
-    def chat_prompt(self, conversation: Conversation) -> tuple[str, list[int]]:
+    def chat_prompt(self, conversation: Conversation, variables: Mapping[str, str]) -> tuple[str, list[int]]:
         """(text, ids) that llama.cpp's chat endpoint makes of messages, by its two halves: render, then tokenize."""
         child = self._child("generate")
-        text = str(child.post("/apply-template", {"messages": conversation.as_dicts()})["prompt"])
+        messages = {"messages": conversation.as_dicts(), "chat_template_kwargs": dict(variables)}
+        text = str(child.post("/apply-template", messages)["prompt"])
         body = {"content": text, "add_special": True, "parse_special": True}
         return text, [int(i) for i in child.post("/tokenize", body)["tokens"]]
 
-    def chat_prompt_tokens(self, conversation: Conversation) -> int:
+    def chat_prompt_tokens(self, conversation: Conversation, variables: Mapping[str, str]) -> int:
         """How many tokens the chat endpoint itself says it gave the model for messages."""
-        messages = {"messages": conversation.as_dicts(), "max_tokens": 1, "temperature": 0}
+        messages = {
+            "messages": conversation.as_dicts(),
+            "chat_template_kwargs": dict(variables),
+            "max_tokens": 1,
+            "temperature": 0,
+        }
         answer = self._child("generate").post("/v1/chat/completions", messages)
         return int(answer["usage"]["prompt_tokens"])
+
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that the file itself says end something."""
+        keys = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]
+        values = open_gguf(self.path).values
+        return frozenset(int(values[key]) for key in keys if key in values)
 
     def says_one_token(self, prompt: Sequence[int], token_id: int, bias: float) -> tuple[list[int], str]:
         """(what is said, why it ended: `eos` or `limit`) where one token is made all but certain, every time."""

@@ -51,35 +51,31 @@ class Child:
         return http.client.HTTPConnection(host, int(port))
 
     def open(
-        self, path: str, body: Mapping[str, Any]
+        self, path: str, body: Mapping[str, Any] | None = None
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-        """Sends a request; ModelError with the server's own words where it refuses."""
+        """Sends a request (GET where there is no body); ModelError with the server's own words where it refuses."""
         connection = self.connect()
         headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
         try:
-            connection.request("POST", path, json.dumps(body), headers)
+            method, text = ("GET", None) if body is None else ("POST", json.dumps(body))
+            connection.request(method, path, text, headers)
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
+            connection.close()
             raise ModelError(f"llama.cpp ended while it was asked: {self.last_words() or error}") from error
         if response.status != 200:
-            text = response.read().decode(errors="replace")
-            raise ModelError(f"llama.cpp refuses: {_server_message(text)}")
+            with contextlib.closing(connection):
+                said = response.read().decode(errors="replace")
+            raise ModelError(f"llama.cpp refuses: {_server_message(said)}")
         return connection, response
 
-    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+    def post(self, path: str, body: Mapping[str, Any] | None) -> Any:
         connection, response = self.open(path, body)
         with contextlib.closing(connection):
             return json.loads(response.read())
 
     def get(self, path: str) -> Any:
-        connection = self.connect()
-        with contextlib.closing(connection):
-            connection.request("GET", path, headers={"Authorization": f"Bearer {self.key}"})
-            response = connection.getresponse()
-            text = response.read()
-        if response.status != 200:
-            raise ModelError(f"llama.cpp refuses: {_server_message(text.decode(errors='replace'))}")
-        return json.loads(text)
+        return self.post(path, None)
 
     def last_words(self) -> str:
         """The last error in its log."""

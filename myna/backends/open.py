@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from myna.adapters.its_base import adapter_base
-from myna.adopt import adapter_tokenizer, find_given, kind_of
+from myna.adopt import adapter_tokenizer, find_given, kind_of, named_run
 from myna.backends.llama_cpp import LlamaCppBackend
 from myna.backends.text import TextModel
 from myna.data.render import load_chat_tokenizer
@@ -16,8 +16,8 @@ from myna.errors import ModelError, UsageError
 from myna.model.headers import check_gguf_file
 from myna.model.sources import Say, cache_dir
 from myna.recipe import Recipe
-from myna.run import RUNS_DIR, Run, file_sha256, new_directory, run_files
-from myna.stored import is_whole, run_base, stored_recipe
+from myna.run import Run, file_sha256, new_directory, run_files
+from myna.stored import is_whole, require_unchanged, run_base, stored_recipe
 
 CHAT_CONTEXT = 4096  # tokens of a conversation that llama.cpp keeps; a model that reads fewer keeps fewer
 
@@ -32,7 +32,7 @@ def open_text_model(
     export by base + adapter through torch; so does an adapter folder, on `base` or on the one that its config names.
     UsageError where `target` is nothing of the kind.
     """
-    run = None if base is not None and kind_of(target) == "adapter" else _run(target)
+    run = named_run(target)
     if base is not None and (run is not None or kind_of(target) in ("model", "gguf")):
         raise UsageError(f"--base is for an adapter folder; {target} is {'a run' if run else 'none'}")
     if run is not None:
@@ -54,10 +54,6 @@ def open_text_model(
     yield TextModel(_torch(found.folder, given.folder, given.name), tokenizer)
 
 
-def _run(target: str) -> Run | None:
-    return next((run for run in (Run(Path(target)), Run(RUNS_DIR / target)) if run.exists()), None)
-
-
 @contextmanager
 def _open_run(run: Run, say: Say, file_type: str | None) -> Iterator[TextModel]:
     recipe = stored_recipe(run)
@@ -76,6 +72,9 @@ def _open_run(run: Run, say: Say, file_type: str | None) -> Iterator[TextModel]:
         )
     what = "the model it was made from" if is_whole(run) else "base + adapter"
     say(f"{run.name}: {what} through torch (no file is exported yet)")
+    require_unchanged(run, run.tokenizer_dir)
+    if not is_whole(run):
+        require_unchanged(run, run.adapter_dir)
     base = run_base(run, say)
     adapter_dir = None if is_whole(run) else run.adapter_dir
     yield TextModel(_torch(base.folder, adapter_dir, run.name), tokenizer, recipe.data.system)

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from myna.data.conversation import Conversation, Message
-from myna.data.template import PLAIN_TEMPLATE, compile_template, read_template
+from myna.data.template import PLAIN_TEMPLATE, compile_template, plain_template, read_template
 from myna.errors import DataError, ModelError, UsageError
 from myna.run import read_json
 
@@ -61,7 +61,7 @@ class ChatTokenizer:
     @property
     def has_own_template(self) -> bool:
         """False where the base brought none and PLAIN_TEMPLATE stands in."""
-        return self.template_text != PLAIN_TEMPLATE
+        return not self.template_text.endswith(PLAIN_TEMPLATE)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -82,7 +82,9 @@ class ChatTokenizer:
     def vocab_size(self) -> int:
         return int(self.tokenizer.get_vocab_size(with_added_tokens=True))
 
-    def render_text(self, conversation: Conversation, *, add_generation_prompt: bool) -> str:
+    def render_text(
+        self, conversation: Conversation, *, add_generation_prompt: bool, **variables: str
+    ) -> str:
         """The template's text, as `transformers`' apply_chat_template(tokenize=False) gives it."""
         import jinja2
 
@@ -92,6 +94,7 @@ class ChatTokenizer:
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 **self.special_tokens,
+                **variables,
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise ModelError(f"the chat template refuses a conversation: {error}") from error
@@ -136,7 +139,7 @@ def load_chat_tokenizer(folder: Path) -> ChatTokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     template = read_template(folder, config)
-    return ChatTokenizer(tokenizer, PLAIN_TEMPLATE if template is None else template, special)
+    return ChatTokenizer(tokenizer, plain_template(special) if template is None else template, special)
 
 
 def render_prompt(conversation: Conversation, tokenizer: ChatTokenizer) -> list[int]:

@@ -5,9 +5,10 @@ a week or from writing a gigabyte, and a template of under 100 bytes can do both
 
 - every text and every collection that a template makes is charged by its size, and beforehand where one step could make
   it large (`*`, `%`, padding, `replace`, `join`, …), so memory is bounded by what a rendering may make in all;
-- every turn of a loop and every call is a step, and each so many steps the processor time of this thread is looked at. It is
-  not the clock: a machine that sleeps or is busy refuses nothing;
-- filters are those of a short list. What is missing has no use in a chat template and no bound.
+- every turn of a loop, every call and every comparison is a step, and each so many steps the processor time of this
+  thread is looked at. It is not the clock: a machine that sleeps or is busy refuses nothing;
+- filters, methods of text and kinds of values are those of short lists. What is missing has no use in a chat template
+  and no bound.
 
 All of it happens in this thread, without signals, so it works off the main thread and on every system.
 """
@@ -15,155 +16,70 @@ All of it happens in this thread, without signals, so it works off the main thre
 from __future__ import annotations
 
 import functools
-import string
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jinja2
+from jinja2 import nodes
 from jinja2.exceptions import SecurityError
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from myna.data.sandbox_code import TURNS, ChargedCode
+from myna.data.sandbox_account import MAX_BITS, WRITTEN, Account, text_bytes
+from myna.data.sandbox_code import COMPARED, TURNS, ChargedCode
 from myna.data.sandbox_filters import (
+    ATTRIBUTES,
     CHECKS,
-    FILTERS,
-    ITEM,
-    MAX_WIDTH,
+    LIST_FILTERS,
+    LIST_RATE,
     OWN_FILTERS,
+    PLAIN_FILTERS,
+    TEXT_FILTERS,
     PlainNamespace,
-    check_spec,
-    check_width,
+    check_attribute,
     raise_exception,
     strftime_now,
-    text_bytes,
 )
+from myna.data.sandbox_text import TEXT_METHODS, charge_format, charge_method, charge_percent
 
-SECONDS = 0.5  # processor time of one rendering; a conversation of 1,000 messages takes 0.01
-ROOM = 4_000_000  # bytes of text a rendering may make in all, pieces of pieces counted again,
-ROOM_PER_BYTE = 512  # and so many more for each byte of the conversation it is given
 COMPILE_ROOM = 1_000_000  # bytes: constants are computed when a template is compiled
-STEPS = 32  # between two looks at the time
-SHORT = 256  # items of a list that a loop runs over without one
-MAX_BITS = 10_000  # of an integer
-
-# Methods of text that are not given: what they make is no text, or can't be bounded.
-NO_METHODS = frozenset({"encode", "translate", "maketrans", "expandtabs"})
+COMPARISONS = ("in", "==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", ">=", "ge", "<", "lt", "lessthan")
+COMPARISONS += ("<=", "le", "lower", "upper")
 
 
-class BoundedEnvironment(ImmutableSandboxedEnvironment):
+class Generation(Extension):
+    """`{% generation %}`, by which transformers marks assistant text: here a block with a scope of its own, as there."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+class BoundedEnvironment(Account, ImmutableSandboxedEnvironment):
     """One template's environment. It holds the account of the one rendering that runs (`ChatTemplate` sees to that)."""
 
     code_generator_class = ChargedCode
-    intercepted_binops = frozenset({"*", "**", "%"})
+    intercepted_binops = frozenset({"*", "**", "%", "-"})
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
         self.start({}, COMPILE_ROOM)
-        self.filters = {name: self._bounded_filter(name, FILTERS[name]) for name in FILTERS}
-        self.filters[TURNS] = self.turns
+        self.filters = {name: self._bounded_filter(name) for name in (*PLAIN_FILTERS, *TEXT_FILTERS, *LIST_FILTERS)}
+        self.filters |= {TURNS: self.turns, COMPARED: self.compared}
+        self.tests |= {name: self._bounded_test(self.tests[name]) for name in COMPARISONS}
         self.tests["divisibleby"] = lambda value, number: self.call_binop(None, "%", value, number) == 0
         self.globals = {
             "range": self.globals["range"],
             "dict": lambda *items, **named: self.made(dict(*items, **named)),
             "namespace": PlainNamespace,
-            "cycler": jinja2.utils.Cycler,
-            "joiner": jinja2.utils.Joiner,
             "raise_exception": raise_exception,
             "strftime_now": strftime_now,
         }
-
-    # The account
-
-    def start(self, given: Mapping[str, Any], room: int = ROOM) -> None:
-        self.room = room
-        self.steps = STEPS
-        self.until: float | None = None
-        self.given: Mapping[str, Any] | None = given
-
-    def step(self) -> None:
-        self.steps -= 1
-        if self.steps < 0:
-            self.look()
-
-    def look(self) -> None:
-        """At the time. It counts from the first look, so that short renderings need none."""
-        self.steps = STEPS
-        now = time.thread_time()
-        if self.until is None:
-            self.until = now + SECONDS
-        if now > self.until:
-            raise SecurityError(f"it takes longer than {SECONDS:g} s")
-
-    def charge(self, num_bytes: int) -> None:
-        self.room -= num_bytes
-        if self.room < 0:
-            self._more_room()
-
-    def _more_room(self) -> None:
-        """The room that the conversation gives is added when the first is used up: most renderings never count it."""
-        given, self.given = self.given, None
-        if given:
-            before = self.room
-            self.room = 1 << 60
-            self._weigh(given)
-            self.room = before + ROOM_PER_BYTE * ((1 << 60) - self.room)
-        if self.room < 0:
-            raise SecurityError("it makes more text than a conversation could need")
-
-    def made(self, value: Any) -> Any:
-        """A value that the template made, charged: text by its bytes, a collection by all that is in it."""
-        if type(value) is str:
-            self.room -= len(value) if value.isascii() else 4 * len(value)
-            if self.room < 0:
-                self._more_room()
-        elif isinstance(value, int):
-            if value.bit_length() > MAX_BITS:
-                raise SecurityError("it computes with numbers beyond all use")
-        elif value is not None:
-            self._weigh(value)
-        return value
-
-    def sliced(self, value: Any) -> Any:
-        """A part of a text or list: its own bytes are charged, what is in it was before."""
-        self.step()
-        self.charge(ITEM * len(value) if isinstance(value, list | tuple) else text_bytes(value))
-        return value
-
-    def _weigh(self, value: Any) -> None:
-        """Charges a collection as if it were written out: one that holds itself twice, twenty times over, is large."""
-        stack = [value]
-        while stack:
-            top = stack.pop()
-            if isinstance(top, str | bytes):
-                self.charge(text_bytes(top))
-            elif isinstance(top, dict):
-                self.charge(2 * ITEM * len(top))
-                stack.extend(top)
-                stack.extend(top.values())
-            elif isinstance(top, list | tuple | set | frozenset):
-                self.charge(ITEM * len(top))
-                stack.extend(top)
-
-    # What templates do
-
-    def turns(self, iterable: Iterable[Any]) -> Iterable[Any]:
-        """What a loop runs over, with each turn counted; a short list at once."""
-        self.step()
-        if type(iterable) is list and len(iterable) <= SHORT:
-            self.steps -= len(iterable)
-            return iterable
-        return self._counted_turns(iterable)
-
-    def _counted_turns(self, iterable: Iterable[Any]) -> Iterator[Any]:
-        left = STEPS
-        for item in iterable:
-            left -= 1
-            if left < 0:
-                left = STEPS
-                self.look()
-            yield item
 
     def concat(self, pieces: Iterable[str]) -> str:
         """What macros and blocks give back: jinja2 joins their pieces with this."""
@@ -171,13 +87,21 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.charge(sum(map(text_bytes, parts)))
         return "".join(parts)
 
+    def together(self, parts: tuple[Any, ...]) -> str:
+        """a ~ b ~ c, charged."""
+        text = "".join([part if type(part) is str else self.written(part) for part in parts])
+        self.charge(len(text) if text.isascii() else 4 * len(text))
+        return text
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
-            self.check_percent(left, right)
+            charge_percent(self, left, right)
         elif operator == "*":
             for one, other in ((left, right), (right, left)):
                 if isinstance(other, int) and not isinstance(one, int | float):
                     self.charge(max(0, other) * max(1, text_bytes(one)))
+        elif operator == "-" and not (isinstance(left, int | float) and isinstance(right, int | float)):
+            raise SecurityError("it subtracts what is no number")
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
             self._check_bits(left.bit_length() * max(0, right))
         if operator != "%" and isinstance(left, int) and isinstance(right, int):
@@ -189,45 +113,21 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if bits > MAX_BITS:
             raise SecurityError("it computes with numbers beyond all use")
 
-    def check_percent(self, text: str, values: Any) -> None:
-        """`%` formatting without widths that are long or come from a value."""
-        for part in text.split("%")[1:]:
-            spec = part[: len(part) - len(part.lstrip("#0- +.*123456789"))]
-            check_spec(spec)
-        self.charge(text_bytes(text))
-        for value in values if isinstance(values, tuple) else (values,):
-            self.made(value)
-
     def call(__self, __context: Any, __callable: Any, *args: Any, **named: Any) -> Any:
         __self.step()
-        owner = getattr(__callable, "__self__", None)
-        if isinstance(owner, str):
-            args = __self._bounded_arguments(owner, __callable.__name__, args)
+        if isinstance(__callable, Macro):
+            if __callable.catch_varargs or __callable.catch_kwargs:
+                __self.weigh((args, named))  # it gets them as a collection
+        else:
+            owner = getattr(__callable, "__self__", None)
+            if isinstance(owner, str):
+                args = charge_method(__self, owner, __callable.__name__, args, named)
+            elif owner is not None and not isinstance(owner, dict):
+                __self.look()  # a list seeks through itself
         return __self.made(super().call(__context, __callable, *args, **named))
 
-    def _bounded_arguments(self, text: str, method: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Charges a method of text by what it will make; an iterable is read for that, so it comes back as a list."""
-        self.charge(text_bytes(text))
-        if method in ("center", "ljust", "rjust", "zfill"):
-            check_width(*args[:1])
-        elif method == "replace" and len(args) > 1:
-            self.charge(text.count(*args[:1]) * text_bytes(args[1]))
-        elif method == "join" and args:
-            return ([*self.joined(text, args[0])],)
-        elif method in ("split", "rsplit", "splitlines"):
-            separated = bool(args) and isinstance(args[0], str) and bool(args[0])
-            self.charge(ITEM * (text.count(args[0]) + 1 if separated else len(text)))
-        return args
-
-    def joined(self, separator: str, items: Iterable[Any]) -> list[Any]:
-        found = []
-        for item in self.turns(items):
-            self.charge(text_bytes(separator) + text_bytes(item) + ITEM)
-            found.append(item)
-        return found
-
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        if isinstance(obj, int | float | bytes | type) or (isinstance(obj, str) and attr in NO_METHODS):
+        if isinstance(obj, int | float | bytes | type) or (isinstance(obj, str) and attr not in TEXT_METHODS):
             return False
         return super().is_safe_attribute(obj, attr, value)
 
@@ -238,28 +138,49 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         text = str(value.__self__)
 
         def bounded(*args: Any, **named: Any) -> str:
-            fields = [field for field in string.Formatter().parse(text) if field[1] is not None]
-            for _, _, spec, _ in fields:
-                check_spec((spec or "").replace("{", "*"))
-            largest = max((text_bytes(v) for v in (*args, *named.values())), default=0)
-            self.charge(text_bytes(text) + len(fields) * (largest + MAX_WIDTH))
+            charge_format(self, text, (*args, *named.values()))
             return wrapped(*args, **named)
 
         return functools.update_wrapper(bounded, value)
 
-    def _bounded_filter(self, name: str, rate: int) -> Callable[..., Any]:
+    def _bounded_filter(self, name: str) -> Callable[..., Any]:
         plain: Callable[..., Any] = OWN_FILTERS.get(name) or jinja2.filters.FILTERS[name]
         first = 1 if hasattr(plain, "jinja_pass_arg") else 0
-        check = CHECKS.get(name)
+        check, attribute = CHECKS.get(name), ATTRIBUTES.get(name)
+        charge = self._charge_text if name in TEXT_FILTERS else self._charge_list if name in LIST_FILTERS else None
 
         @functools.wraps(plain)
         def bounded(*args: Any, **named: Any) -> Any:
             self.step()
             value = args[first]
-            if rate and isinstance(value, str | list | tuple | dict):
-                self.charge(rate * (text_bytes(value)))
+            if charge is not None:
+                charge(value)
+            if attribute is not None:
+                check_attribute(*args[first + attribute : first + attribute + 1], named.get("attribute"))
             if check is not None:
                 check(self, value, *args[first + 1 :], **named)
-            return self.made(plain(*args, **named))
+            made = plain(*args, **named)
+            return self.counted(made) if hasattr(made, "__next__") else self.made(made)
+
+        return bounded
+
+    def _charge_text(self, value: Any) -> None:
+        if isinstance(value, str):
+            self.compared(value)
+            self.charge(text_bytes(value))
+        else:
+            self.weigh(value, WRITTEN)
+
+    def _charge_list(self, value: Any) -> None:
+        self.compared(value)
+        if isinstance(value, str | list | tuple | dict):
+            self.charge(LIST_RATE * text_bytes(value))
+
+    def _bounded_test(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        def bounded(value: Any, *others: Any) -> Any:
+            self.compared(value)
+            for other in others:
+                self.compared(other)
+            return plain(value, *others)
 
         return bounded

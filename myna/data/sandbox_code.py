@@ -8,8 +8,10 @@ from typing import Any
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame, optimizeconst
 
+MAX_CONSTANT = 256  # characters of a constant that is compared at no charge
 MAX_OPERANDS = 4  # variables added before the sum is charged
-TURNS = "turns"  # the name of the filter that every loop's iterable goes through
+# Names of the filters that every loop's iterable goes through, and what is compared where that may take long.
+TURNS, COMPARED = "turns", "compared"
 
 
 class ChargedCode(CodeGenerator):
@@ -29,8 +31,22 @@ class ChargedCode(CodeGenerator):
         for loop in node.find_all(nodes.For):
             if loop.recursive:
                 self.fail("recursive loops are not run", loop.lineno)
-            loop.iter = nodes.Filter(loop.iter, TURNS, [], [], None, None, lineno=loop.lineno)
+            loop.iter = _through(TURNS, loop.iter)
+        for comparison in node.find_all(nodes.Compare):
+            _count_comparison(comparison)
+        for item in node.find_all(nodes.Getitem):
+            if not isinstance(item.arg, nodes.Const | nodes.Slice):
+                item.arg = _through(COMPARED, item.arg)
         super().visit_Template(node, frame)
+
+    def visit_ScopedEvalContextModifier(self, node: nodes.ScopedEvalContextModifier, frame: Frame) -> None:
+        self.fail("autoescape is not run", node.lineno)
+
+    def visit_EvalContextModifier(self, node: nodes.EvalContextModifier, frame: Frame) -> None:
+        self.fail("autoescape is not run", node.lineno)
+
+    def _output_child_pre(self, node: nodes.Expr, frame: Frame, finalize: Any) -> None:
+        self.write("environment.written(")
 
     @optimizeconst
     def visit_Add(self, node: nodes.BinExpr, frame: Frame) -> None:
@@ -63,8 +79,11 @@ class ChargedCode(CodeGenerator):
             inner = nodes.Concat(parts[:MAX_OPERANDS], lineno=node.lineno)
             inner.set_environment(self.environment)
             parts = [inner, *parts[MAX_OPERANDS:]]
-        node.nodes = parts
-        self._made(super().visit_Concat, node, frame)
+        self.write("environment.together((")
+        for part in parts:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write("))")
 
     def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
         if isinstance(node.arg, nodes.Slice):
@@ -90,3 +109,28 @@ class ChargedCode(CodeGenerator):
         self.write("environment.made(")
         visit(node, frame)
         self.write(")")
+
+
+def _through(name: str, value: nodes.Expr) -> nodes.Filter:
+    return nodes.Filter(value, name, [], [], None, None, lineno=value.lineno, environment=value.environment)
+
+
+def _count_comparison(node: nodes.Compare) -> None:
+    """Both sides are counted, but where one is a constant that ends the comparison soon."""
+    sides = [node.expr, *(operand.expr for operand in node.ops)]
+    kinds = {operand.op for operand in node.ops}
+    if not kinds & {"in", "notin"}:
+        if any(map(_is_short, sides)):
+            return
+    elif len(sides) == 2 and isinstance(sides[1], nodes.List | nodes.Tuple):
+        if all(map(_is_short, sides[1].items)):
+            return
+    if not _is_short(node.expr):
+        node.expr = _through(COMPARED, node.expr)
+    for operand in node.ops:
+        if not _is_short(operand.expr):
+            operand.expr = _through(COMPARED, operand.expr)
+
+
+def _is_short(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.Const) and len(str(node.value)) <= MAX_CONSTANT

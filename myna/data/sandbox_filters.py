@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any
 
 import jinja2
 from jinja2.exceptions import SecurityError
 from jinja2.utils import Namespace
 
-ITEM = 16  # what an item of a collection is charged
-MAX_WIDTH = 10_000  # characters that something may be padded to
-# Filters and what a character or an item of their input is charged. 0: they look at the ends alone.
-FILTERS: Mapping[str, int] = {
-    **dict.fromkeys(("default", "d", "length", "count", "first", "last", "abs", "attr", "int", "float", "round"), 0),
-    **dict.fromkeys(("trim", "lower", "upper", "capitalize", "string", "escape", "e", "safe", "truncate"), 1),
-    **dict.fromkeys(("replace", "indent", "center", "join", "format", "tojson", "items", "reverse"), 1),
-    **dict.fromkeys(("title", "wordcount", "list", "sort", "unique", "dictsort", "sum", "min", "max"), 32),
-    **dict.fromkeys(("map", "select", "reject", "selectattr", "rejectattr", "groupby"), 32),
-}  # fmt: skip
+from myna.data.sandbox_account import WRITTEN, Account, text_bytes
+from myna.data.sandbox_text import charge_percent, check_sought, check_width, joined
 
-
-class Account(Protocol):
-    """What sandbox.py's environment keeps of one rendering."""
-
-    def charge(self, num_bytes: int) -> None: ...
-
-    def made(self, value: Any) -> Any: ...
-
-    def joined(self, separator: str, items: Iterable[Any]) -> list[Any]: ...
-
-    def check_percent(self, text: str, values: Any) -> None: ...
+LIST_RATE = 32  # times the size of a collection that the filters of collections are charged
+MAX_ATTRIBUTE = (100, 8)  # characters and dots of an attribute's name
+# Filters that look at the ends alone, or are charged by what they give; those that write what they are given as text;
+# and those that go through a collection.
+PLAIN_FILTERS = ("default", "d", "length", "count", "first", "last", "abs", "attr", "int", "float", "round", "tojson", "join")
+TEXT_FILTERS = (
+    *("trim", "lower", "upper", "capitalize", "string", "escape", "e", "safe", "truncate", "forceescape"),
+    *("replace", "indent", "center", "format", "title", "wordcount"),
+)
+LIST_FILTERS = (
+    *("list", "sort", "unique", "dictsort", "sum", "min", "max", "batch", "slice", "items", "reverse"),
+    *("map", "select", "reject", "selectattr", "rejectattr", "groupby"),
+)
+# The place of a filter's argument that names an attribute: each of its dots is a step, for each item.
+ATTRIBUTES: Mapping[str, int] = {
+    **dict.fromkeys(("map", "selectattr", "rejectattr", "groupby", "sum"), 1),
+    **dict.fromkeys(("join", "unique", "min", "max"), 2),
+    "sort": 3,
+}
 
 
 class PlainNamespace(Namespace):
@@ -48,31 +48,20 @@ class PlainNamespace(Namespace):
         _check_name(name)
         super().__setitem__(name, value)
 
+    def __repr__(self) -> str:
+        raise SecurityError("it writes a namespace out")
+
 
 def _check_name(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
         raise SecurityError(f"a namespace takes no name with an underscore in front: {name!r}")
 
 
-def text_bytes(value: Any) -> int:
-    """About what a text takes in memory; of a collection, of its items' places alone."""
-    if isinstance(value, str):
-        return len(value) if value.isascii() else 4 * len(value)
-    if isinstance(value, list | tuple | dict | bytes):
-        return ITEM * len(value)
-    return ITEM
-
-
-def check_width(width: Any = 0) -> None:
-    if not isinstance(width, int) or width > MAX_WIDTH:
-        raise SecurityError(f"it pads text to a width of {str(width)[:20]}")
-
-
-def check_spec(spec: str) -> None:
-    """A width or precision in a format is a short number that stands there."""
-    digits = "".join(character if character.isdigit() else " " for character in spec).split()
-    if "*" in spec or any(len(number) > len(str(MAX_WIDTH)) or int(number) > MAX_WIDTH for number in digits):
-        raise SecurityError("it formats with a width that is too long or not written out")
+def check_attribute(*names: Any) -> None:
+    """SecurityError for an attribute's name that is a long way down."""
+    for name in names:
+        if isinstance(name, str) and (len(name) > MAX_ATTRIBUTE[0] or name.count(".") > MAX_ATTRIBUTE[1]):
+            raise SecurityError("it takes an attribute by a name beyond all use")
 
 
 def raise_exception(message: Any = "") -> None:
@@ -96,13 +85,13 @@ def _to_json(
 ) -> str:
     """transformers' filter of that name; written piece by piece where an indent could make it large."""
     if indent is None and separators is None:
-        environment.made([value])
+        environment.weigh(value, WRITTEN)
         return json.dumps(value, ensure_ascii=ensure_ascii, sort_keys=sort_keys)
     encoder = json.JSONEncoder(
         ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
     check_width(len(indent) if isinstance(indent, str) else indent or 0)
-    return "".join(environment.joined("", encoder.iterencode(value)))
+    return "".join(joined(environment, "", encoder.iterencode(value)))
 
 
 def _check_replace(environment: Account, value: Any, old: Any = "", new: Any = "", count: Any = 0) -> None:
@@ -119,12 +108,16 @@ def _check_indent(
 
 
 def _check_format(environment: Account, value: Any, *args: Any, **named: Any) -> None:
-    environment.check_percent(str(value), (*args, *named.values()))
+    charge_percent(environment, str(value), (*args, *named.values()))
 
 
 def _check_sum(environment: Account, value: Any, attribute: Any = None, start: Any = 0) -> None:
     if not isinstance(start, int | float):
         raise SecurityError("it sums up what is no number")
+
+
+def _check_trim(environment: Account, value: Any, chars: Any = None) -> None:
+    check_sought(chars)
 
 
 def _check_round(environment: Account, value: Any, precision: Any = 0, method: Any = "common") -> None:
@@ -138,10 +131,27 @@ def _join(context: Any, value: Any, d: Any = "", attribute: Any = None) -> Any:
     environment = context.environment
     if attribute is not None:
         value = map(jinja2.filters.make_attrgetter(environment, attribute), value)
-    return jinja2.filters.do_join(context, environment.joined(str(d), value), d)
+    return jinja2.filters.do_join(context, joined(environment, str(d), value), d)
 
 
-OWN_FILTERS: Mapping[str, Callable[..., Any]] = {"tojson": _to_json, "join": _join}
+@jinja2.pass_environment
+def _batch(environment: Account, value: Any, linecount: int, fill_with: Any = None) -> Iterator[list[Any]]:
+    check_width(linecount)
+    return map(environment.made, jinja2.filters.do_batch(value, linecount, fill_with))
+
+
+@jinja2.pass_environment
+def _slice(environment: Account, value: Any, slices: int, fill_with: Any = None) -> Iterator[list[Any]]:
+    check_width(slices)
+    return map(environment.made, jinja2.filters.sync_do_slice(value, slices, fill_with))
+
+
+OWN_FILTERS: Mapping[str, Callable[..., Any]] = {
+    "tojson": _to_json,
+    "join": _join,
+    "batch": _batch,
+    "slice": _slice,
+}
 CHECKS: Mapping[str, Callable[..., None]] = {
     "center": lambda environment, value, width=80: check_width(width),
     "replace": _check_replace,
@@ -149,4 +159,5 @@ CHECKS: Mapping[str, Callable[..., None]] = {
     "format": _check_format,
     "sum": _check_sum,
     "round": _check_round,
+    "trim": _check_trim,
 }

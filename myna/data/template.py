@@ -14,15 +14,20 @@ from myna.errors import ModelError
 
 PIECES = 16  # of a rendering, between two counts of what it has written
 MAX_TEMPLATE = 65_536  # characters; the longest known has 30,000
+MISSING_FILTER = re.compile(r"No filter named '(\w{1,40})'")
 # Used where a base model brings no template of its own; it is written into the run like any other, and said aloud.
 PLAIN_TEMPLATE = (
-    "{% if bos_token is defined and bos_token %}{{ bos_token }}{% endif %}"
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
     "{% elif message['role'] == 'user' %}{{ '### User:\\n' + message['content'] + '\\n\\n' }}"
     "{% else %}{{ '### Assistant:\\n' + message['content'] + eos_token + '\\n\\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
 )
+
+
+def plain_template(special_tokens: Mapping[str, str]) -> str:
+    """The plain template, begun with BOS where the tokenizer has one: elsewhere a runtime might think of one."""
+    return ("{{ bos_token }}" if special_tokens.get("bos_token") else "") + PLAIN_TEMPLATE
 
 
 def read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
@@ -82,26 +87,24 @@ def compile_template(text: str) -> ChatTemplate:
     """
     from myna.data.sandbox import BoundedEnvironment
 
-    # transformers marks assistant text with {% generation %}; here the borders are found otherwise, so the tag becomes
-    # a block that changes nothing and keeps its white-space control
     if len(text) > MAX_TEMPLATE:
         raise ModelError(
             f"the chat template has {len(text):,} characters; at most {MAX_TEMPLATE:,} are compiled"
         )
-    text = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", text)
-    text = re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", text)
     environment = BoundedEnvironment()
     try:
         return ChatTemplate(environment, environment.from_string(text), threading.Lock())
-    except (
-        Exception
-    ) as error:  # Jinja's own errors, and Python's where the code it writes is nested too deeply
-        raise ModelError(f"the chat template is not valid Jinja: {_reason(error)}") from error
+    except Exception as error:  # Jinja's own, and Python's where the code it writes is nested too deeply
+        missing = MISSING_FILTER.search(str(error))
+        said = "can't be run" if missing else "is not valid Jinja"
+        raise ModelError(f"the chat template {said}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
     """One line, however much the template's author had to say."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply, or calls itself for ever"
+    if missing := MISSING_FILTER.search(str(error)):
+        return f"Myna does not run the filter {missing[1]} in a template"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:300]

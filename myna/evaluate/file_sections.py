@@ -39,7 +39,7 @@ def _merged_words(found: Entry) -> Html:
         bound = f" (bound {power(merged['bound'])})" if "bound" in merged else ""
         parts.append(
             text(
-                f" Over {count(found.get('num_tokens', 0))} held-out tokens the merged model's logits are"
+                f" Over {count(found.get('num_tokens', 0))} tokens the merged model's logits are"
                 f" {power(merged['relative'])}{bound} from base and adapter, relative by norm;"
                 f" the largest difference of one logit, max |Δ|, is {power(merged['max_abs'])}."
             )
@@ -60,7 +60,7 @@ def _parity_table(files: Mapping[str, Entry]) -> Html:
     head += [heading("same top token, %", "number"), heading("mean KL, all", "number")]
     head += [heading("same top, all, %", "number"), heading("verdict")]
     note = (
-        "Against the merged model, over target tokens and over all tokens of held-out rows. Mean KL: how far"
+        "Against the merged model, over target tokens and over all tokens, held-out rows first. Mean KL: how far"
         " apart the probabilities of the next token lie, in nats. Same top token: how often both rank"
         " the same one first."
     )

@@ -21,7 +21,7 @@ from myna.export.card import model_card
 from myna.recipe import Recipe
 from myna.run import Run, file_sha256, lock_run, read_json, run_files, write_json, write_text
 from myna.show import Show
-from myna.stored import held_out, is_whole, require_model, run_base, stored_recipe
+from myna.stored import held_out, is_whole, require_model, require_unchanged, run_base, stored_recipe
 
 PARALLEL_ANSWERS = 8  # prompts that llama.cpp answers at once: 157 tokens/s on two cores, 97 one by one
 
@@ -103,6 +103,7 @@ def _candidates(
     name = "model" if is_whole(run) else "base"
     yield Candidate(name, base.sha256, base_bytes, lambda: _torch_backend(base.folder, "fp32", name))
     if not is_whole(run):
+        require_unchanged(run, run.merged_dir)
         dtype = recipe.export.dtype
         tuned_digest = f"{run.require_stage('train', 'myna train')['adapter_sha256']} {base.sha256} {dtype}"
         merged_bytes = _weights_bytes(run.merged_dir)
@@ -172,4 +173,5 @@ def _write_evaluation(
         "examples": examples,
     }
     write_json(run.evaluation_path, evaluation)
+    run.record([run.evaluation_path])
     return evaluation

@@ -12,13 +12,13 @@ from typing import Any
 from myna.backends.llama_cpp import LlamaCppBackend
 from myna.engine.memory import forget_models
 from myna.errors import CheckFailed, UsageError
-from myna.export.parity import BOUNDS, FileParity, compare_files
-from myna.export.prove import Origin, Questions
-from myna.export.stage import run_questions, update_parity
+from myna.export.parity import BOUNDS, FileParity, compare_file
+from myna.export.prove import Origin, Questions, unproven
+from myna.export.stage import file_context, run_questions, update_parity
 from myna.model.load import read_config
 from myna.run import Run, lock_run
 from myna.show import Show
-from myna.stored import is_whole, run_base, stored_recipe
+from myna.stored import is_whole, require_unchanged, run_base, stored_recipe
 
 
 def adapter_stage(run: Run, *, show: Show | None = None) -> dict[str, Any]:
@@ -32,16 +32,17 @@ def adapter_stage(run: Run, *, show: Show | None = None) -> dict[str, Any]:
         raise UsageError("there is no adapter: this run is of a whole model", where=str(run.path))
     run.require_stage("train", "myna train RECIPE --resume")
     path = run.gguf_dir / f"{run.name}-adapter.gguf"
-    done = run.stage("export_adapter")
-    if done and path.is_file():
-        show.say("the adapter is exported already")
-        return done
-    show.stage("export the adapter")
-    started = time.perf_counter()
     with lock_run(run):
+        done = run.stage("export_adapter")
+        if done and path.is_file():
+            show.say("the adapter is exported already")
+            return done
+        show.stage("export the adapter")
+        started = time.perf_counter()
+        require_unchanged(run, run.adapter_dir)
         entry, parity = _write_and_measure(run, path, show)
         passes = not parity.failures
-        os.replace(_unproven(path), path if passes else path.with_suffix(".failed.gguf"))
+        os.replace(unproven(path), path if passes else path.with_suffix(".failed.gguf"))
         update_parity(run, {"adapter_file": {**parity.as_json(), "verdict": "pass" if passes else "fail"}})
         if not passes:
             raise CheckFailed(
@@ -50,8 +51,9 @@ def adapter_stage(run: Run, *, show: Show | None = None) -> dict[str, Any]:
                 help="the file is kept as …failed.gguf; `myna export` without --adapter ships the merged model",
                 code="parity",
             )
+        path.with_suffix(".failed.gguf").unlink(missing_ok=True)
         entry |= {"seconds": round(time.perf_counter() - started, 1)}
-        run.finish_stage("export_adapter", entry, [path, run.parity_path])
+        run.finish_stage("export_adapter", entry, [path])
     return entry
 
 
@@ -59,8 +61,8 @@ def _write_and_measure(run: Run, path: Path, show: Show) -> tuple[dict[str, Any]
     from myna.export.adapter_gguf import write_adapter_gguf
 
     base = run_base(run, show.say).folder
-    summary = write_adapter_gguf(run.adapter_dir, base, _unproven(path), name=run.name)
-    asked = run_questions(run, stored_recipe(run))
+    summary = write_adapter_gguf(run.adapter_dir, base, unproven(path), name=run.name)
+    asked = run_questions(run, stored_recipe(run), file_context(base))
     with _base_file(run, base) as (file_type, base_path):
         parity = _measure(
             Origin("base + adapter", base, run.adapter_dir), file_type, base_path, path, asked, show
@@ -83,10 +85,10 @@ def _measure(
     origin: Origin, file_type: str, base_path: Path, path: Path, asked: Questions, show: Show
 ) -> FileParity:
     context = max(len(row.input_ids_T) for row in asked.rows)
-    backend = LlamaCppBackend(base_path, context=context, adapter=_unproven(path))
+    backend = LlamaCppBackend(base_path, context=context, adapter=unproven(path))
     advance = show.counter("comparing with base + adapter", len(asked.rows))
     with contextlib.closing(backend):
-        return compare_files(origin.backend(), {file_type: backend}, asked.rows, advance)[file_type]
+        return compare_file(origin.backend(), backend, file_type, asked.rows, advance)
 
 
 @contextlib.contextmanager
@@ -103,7 +105,3 @@ def _base_file(run: Run, base: Path) -> Iterator[tuple[str, Path]]:
         yield file_type, path
     finally:
         path.unlink(missing_ok=True)
-
-
-def _unproven(path: Path) -> Path:
-    return path.with_name(f".unproven-{path.name}")

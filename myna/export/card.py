@@ -29,11 +29,12 @@ def model_card(run: Run, recipe: Recipe) -> str:
 
 def _trained(info: Mapping[str, Any], recipe: Recipe) -> str:
     adapter, train = recipe.adapter, recipe.train
+    steps = info["stages"].get("train", {}).get("steps", 0)
+    within = 0 if "test" in info["data"] else info.get("held_out_rows", 0)  # held out of the training file
     return (
         f"A {adapter.method} adapter (r {adapter.r}, alpha {adapter.alpha:g}) on `{info['base']['name']}`, "
-        f"trained with Myna {info['versions']['myna']} on {info['data']['train']['rows']} rows "
-        f"({train.epochs} epoch{'s' if train.epochs > 1 else ''}, {train.batch_size} rows a step, "
-        f"learning rate {train.learning_rate:g})."
+        f"trained with Myna {info['versions']['myna']} for {steps} steps of {train.batch_size} rows "
+        f"out of {info['data']['train']['rows'] - within}, learning rate {train.learning_rate:g}."
     )
 
 
@@ -64,7 +65,7 @@ def _parity(parity: Mapping[str, Any]) -> list[str]:
     lines = [
         "## Is the file the model?",
         "",
-        "| file | mean KL to merged | same top token |",
+        "| file | mean KL | same top token |",
         "| --- | ---: | ---: |",
     ]
     for name, file in parity.get("files", {}).items():

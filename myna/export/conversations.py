@@ -150,13 +150,14 @@ def gate_conversations() -> tuple[Conversation, ...]:
 
 
 def fitting(conversations: Sequence[Conversation], tokenizer: ChatTokenizer) -> list[Conversation]:
-    """Those that a template takes: some have no system role, some rewrite earlier turns."""
+    """Those that a template takes: some refuse or drop the system line, some rewrite earlier turns."""
     kept = []
     for conversation in conversations:
         try:
             render_prompt(conversation.prompt(), tokenizer)
-            tokenizer.render_text(conversation, add_generation_prompt=False)
+            text = tokenizer.render_text(conversation, add_generation_prompt=False)
         except (ModelError, DataError):
             continue
-        kept.append(conversation)
+        if all(message.content.strip() in text for message in conversation.messages):
+            kept.append(conversation)
     return kept

@@ -20,6 +20,9 @@ from myna.data.render import ChatTokenizer, render_prompt
 from myna.errors import ModelError
 
 NUM_ASKED = 3  # conversations that are also sent through the chat endpoint, which counts the tokens it used
+NUM_ORDINARY = 5  # tokens of answers that must not end one
+# What llama.cpp gives a template of its own accord, and Myna does not: given to both, so that the rest is compared.
+VARIABLES = {"date_string": "26 Jul 2024"}
 STOP_BIAS = 1000.0  # added to one logit: the model says that token, whatever it was taught
 
 
@@ -28,11 +31,15 @@ class Server(Protocol):
 
     def tokenize(self, text: str) -> list[int]: ...
 
-    def chat_prompt(self, conversation: Conversation) -> tuple[str, list[int]]: ...
+    def chat_prompt(
+        self, conversation: Conversation, variables: Mapping[str, str]
+    ) -> tuple[str, list[int]]: ...
 
-    def chat_prompt_tokens(self, conversation: Conversation) -> int: ...
+    def chat_prompt_tokens(self, conversation: Conversation, variables: Mapping[str, str]) -> int: ...
 
     def chat_template(self) -> str: ...
+
+    def end_ids(self) -> frozenset[int]: ...
 
     def says_one_token(self, prompt: Sequence[int], token_id: int, bias: float) -> tuple[list[int], str]: ...
 
@@ -77,13 +84,14 @@ def template_gate(server: Server, tokenizer: ChatTokenizer, conversations: Seque
 def prompt_gate(server: Server, tokenizer: ChatTokenizer, conversations: Sequence[Conversation]) -> Gate:
     """Every conversation's prompt as llama.cpp's chat makes it: the same text, the same ids, no BOS twice."""
     bos = tokenizer.special_tokens.get("bos_token", "")
-    texts = [tokenizer.render_text(c.prompt(), add_generation_prompt=True) for c in conversations]
-    shortest = sorted(range(len(texts)), key=lambda number: len(texts[number]))[:NUM_ASKED]
+    given = {name: value for name, value in VARIABLES.items() if name in tokenizer.template_text}
+    texts = [tokenizer.render_text(c.prompt(), add_generation_prompt=True, **given) for c in conversations]
+    asked_too = shortest(conversations, tokenizer)
     for number, (conversation, ours) in enumerate(zip(conversations, texts, strict=True)):
         prompt, place = conversation.prompt(), _place(conversation, number)
         try:
-            theirs, their_ids = server.chat_prompt(prompt)
-            asked = server.chat_prompt_tokens(prompt) if number in shortest else len(their_ids)
+            theirs, their_ids = server.chat_prompt(prompt, given)
+            asked = server.chat_prompt_tokens(prompt, given) if conversation in asked_too else len(their_ids)
         except ModelError as error:
             return Gate("prompt", False, f"llama.cpp cannot render {place}: {error.message}")
         # where llama.cpp adds BOS itself it takes away the one that the template wrote
@@ -96,18 +104,44 @@ def prompt_gate(server: Server, tokenizer: ChatTokenizer, conversations: Sequenc
             return Gate(
                 "prompt", False, _difference(our_ids, their_ids, f"the prompt of {place}") + twice + count
             )
-    return Gate("prompt", True, f"{len(conversations)} prompts through llama.cpp's chat")
+    note = f", {' and '.join(given)} given: without, llama.cpp's chat puts in its own" if given else ""
+    return Gate("prompt", True, f"{len(conversations)} prompts through llama.cpp's chat{note}")
+
+
+def shortest(conversations: Sequence[Conversation], tokenizer: ChatTokenizer) -> list[Conversation]:
+    """The few that the model is really run on."""
+    return sorted(conversations, key=lambda c: len(tokenizer.render_text(c, add_generation_prompt=False)))[
+        :NUM_ASKED
+    ]
 
 
 def stop_gate(server: Server, tokenizer: ChatTokenizer, conversations: Sequence[Conversation]) -> Gate:
-    """Whatever ends an answer in the run ends it in llama.cpp."""
-    prompt = render_prompt(conversations[0].prompt(), tokenizer)
+    """Whatever ends an answer in the run ends it in llama.cpp, and what an answer is made of does not."""
+    prompt = render_prompt(shortest(conversations, tokenizer)[0].prompt(), tokenizer)
     for stop_id in sorted(tokenizer.stop_ids):
         said, why = server.says_one_token(prompt, stop_id, STOP_BIAS)
         if why != "eos" or set(said) - {stop_id}:
             name = tokenizer.tokenizer.id_to_token(stop_id)
             return Gate("stop", False, f"llama.cpp goes on after {name} ({stop_id}), which ends an answer")
-    return Gate("stop", True, f"{len(tokenizer.stop_ids)} stop tokens end an answer")
+    for token_id in sorted(server.end_ids() - tokenizer.stop_ids - tokenizer.special_ids):
+        name = tokenizer.tokenizer.id_to_token(token_id)
+        return Gate(
+            "stop", False, f"the file ends answers at {name} ({token_id}), which is a token like any other"
+        )
+    for token_id in _ordinary(conversations, tokenizer):
+        if server.says_one_token(prompt, token_id, STOP_BIAS)[1] == "eos":
+            name = tokenizer.tokenizer.id_to_token(token_id)
+            return Gate(
+                "stop", False, f"llama.cpp ends an answer at {name} ({token_id}), a token like any other"
+            )
+    return Gate("stop", True, f"{len(tokenizer.stop_ids)} stop tokens end an answer, others do not")
+
+
+def _ordinary(conversations: Sequence[Conversation], tokenizer: ChatTokenizer) -> list[int]:
+    """A few tokens that answers are made of."""
+    ids = [i for c in conversations for i in tokenizer.encode(c.answer())]
+    kept = [i for i in dict.fromkeys(ids) if i not in tokenizer.special_ids | tokenizer.stop_ids]
+    return kept[:: max(1, len(kept) // NUM_ORDINARY)][:NUM_ORDINARY]
 
 
 GATES: Mapping[str, Callable[[Any, ChatTokenizer, Sequence[Conversation]], Gate]] = {

@@ -12,7 +12,7 @@ Gated over target tokens (what the model was taught to say); all tokens are repo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,16 +37,27 @@ BOUNDS: Mapping[str, Bound] = {
     "F32": Bound(0.001, 0.005),
     "F16": Bound(0.001, 0.005),
     "BF16": Bound(0.005, 0.01),
-    "Q8_0": Bound(0.01, 0.02),
-    "Q6_K": Bound(0.03, 0.03),
-    "Q5_K_M": Bound(0.1, 0.05),
-    "Q5_K_S": Bound(0.1, 0.05),
-    "Q4_K_M": Bound(0.2, 0.1),
-    "Q4_K_S": Bound(0.2, 0.1),
-    "Q4_0": Bound(0.4, 0.15),
+    "Q8_0": Bound(0.02, 0.02),
+    "Q6_K": Bound(0.05, 0.04),
+    "Q5_K_M": Bound(0.35, 0.15),
+    "Q5_K_S": Bound(0.4, 0.15),
+    "Q5_1": Bound(0.5, 0.2),
+    "Q5_0": Bound(0.3, 0.15),
+    "Q4_K_M": Bound(0.25, 0.12),
+    "Q4_K_S": Bound(0.3, 0.15),
+    "Q4_1": Bound(0.4, 0.2),
+    "Q4_0": Bound(0.8, 0.35),
+    "IQ4_NL": Bound(0.6, 0.3),
+    "IQ4_XS": Bound(0.6, 0.3),
+    "Q3_K_L": Bound(0.6, 0.25),
+    "Q3_K_M": Bound(0.6, 0.25),
+    "Q3_K_S": Bound(1.1, 0.4),
+    "Q2_K": Bound(1.5, 0.4),
+    "Q2_K_S": Bound(1.5, 0.4),
 }
 
 ENOUGH_TOKENS = 1000
+ENOUGH_TARGETS = 300
 
 
 @dataclass(frozen=True)
@@ -59,19 +70,19 @@ class FileParity:
     same_top_all: float
     num_targets: int
     num_tokens: int
-    bound: float | None
+    bound: float
     lost_top: float
-    lost_top_bound: float | None
+    lost_top_bound: float
 
     @property
     def failures(self) -> list[str]:
         """Which bound it is beyond, in words; none where it passes."""
         failures = []
-        if self.bound is not None and not self.mean_kl <= self.bound:
+        if not self.mean_kl <= self.bound:
             failures.append(f"mean KL {self.mean_kl:.4f} is beyond {self.bound}")
         # few target tokens say little: what counts is whether so many can be lost by chance
         lowest = wilson_interval(round(self.lost_top * self.num_targets), self.num_targets)[0]
-        if self.lost_top_bound is not None and not lowest <= self.lost_top_bound:
+        if not lowest <= self.lost_top_bound:
             failures.append(
                 f"{self.lost_top:.1%} of top tokens are lost, at most {self.lost_top_bound:.0%} may be"
             )
@@ -81,52 +92,52 @@ class FileParity:
         return asdict(self)
 
 
-def choose_rows(examples: Sequence[Example], num_tokens: int = ENOUGH_TOKENS) -> list[Example]:
-    """The first rows that together have at least `num_tokens` tokens (all, where they have fewer)."""
+def choose_rows(
+    examples: Iterable[Example], num_tokens: int = ENOUGH_TOKENS, num_targets: int = 0
+) -> list[Example]:
+    """The first rows that together have at least so many tokens and targets (all, where they have fewer)."""
     chosen: list[Example] = []
-    total = 0
+    tokens = targets = 0
     for example in examples:
-        if total >= num_tokens:
+        if tokens >= num_tokens and targets >= num_targets:
             break
         chosen.append(example)
-        total += len(example.input_ids_T)
+        tokens += len(example.input_ids_T)
+        targets += example.num_targets
     return chosen
 
 
-def compare_files(
-    merged: Backend,
-    files: Mapping[str, Backend],
+def compare_file(
+    reference: Backend,
+    file: Backend,
+    file_type: str,
     rows: Sequence[Example],
     advance: Callable[[], None] = lambda: None,
-) -> dict[str, FileParity]:
-    """Every file (file type → backend) against merged over the same rows, row by row: no logits are kept."""
-    sums = {name: np.zeros(5) for name in files}  # KL, same, lost top over targets; KL, same over all
+) -> FileParity:
+    """A file against what it was made from, row by row: no logits are kept."""
+    sums = np.zeros(5)  # KL, same, lost top over targets; KL, same over all
     num_targets = num_tokens = 0
     for row in rows:
         ids = [int(i) for i in row.input_ids_T]
         is_target_T = row.labels_T[1:] != IGNORE
         num_targets += int(is_target_T.sum())
         num_tokens += len(is_target_T)
-        reference_TV = merged.score(ids)[:-1]
-        for name, backend in files.items():
-            kl_T, same_T, lost_T = divergence(reference_TV, backend.score(ids)[:-1])
-            targets = (kl_T[is_target_T].sum(), same_T[is_target_T].sum(), lost_T[is_target_T].sum())
-            sums[name] += (*targets, kl_T.sum(), same_T.sum())
+        kl_T, same_T, lost_T = divergence(reference.score(ids)[:-1], file.score(ids)[:-1])
+        targets = (kl_T[is_target_T].sum(), same_T[is_target_T].sum(), lost_T[is_target_T].sum())
+        sums += (*targets, kl_T.sum(), same_T.sum())
         advance()
-    return {
-        name: FileParity(
-            mean_kl=float(total[0] / num_targets),
-            same_top=float(total[1] / num_targets),
-            mean_kl_all=float(total[3] / num_tokens),
-            same_top_all=float(total[4] / num_tokens),
-            num_targets=num_targets,
-            num_tokens=num_tokens,
-            bound=BOUNDS[name].mean_kl if name in BOUNDS else None,
-            lost_top=float(total[2] / num_targets),
-            lost_top_bound=BOUNDS[name].lost_top if name in BOUNDS else None,
-        )
-        for name, total in sums.items()
-    }
+    bound = BOUNDS[file_type]
+    return FileParity(
+        mean_kl=float(sums[0] / num_targets),
+        same_top=float(sums[1] / num_targets),
+        mean_kl_all=float(sums[3] / num_tokens),
+        same_top_all=float(sums[4] / num_tokens),
+        num_targets=num_targets,
+        num_tokens=num_tokens,
+        bound=bound.mean_kl,
+        lost_top=float(sums[2] / num_targets),
+        lost_top_bound=bound.lost_top,
+    )
 
 
 def divergence(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,13 @@ from typing import Any
 from myna.backends import Backend
 from myna.backends.llama_cpp import LlamaCppBackend
 from myna.data.conversation import Conversation
-from myna.data.render import ChatTokenizer, Example, render_example
+from myna.data.render import ChatTokenizer, Example, render_example, render_prompt
 from myna.engine.memory import forget_models
-from myna.errors import DataError
+from myna.errors import DataError, ModelError
 from myna.export.blocks import compare_blocks
 from myna.export.conversations import fitting, gate_conversations
-from myna.export.gates import Gate, ask_all
-from myna.export.parity import ENOUGH_TOKENS, FileParity, choose_rows, compare_files
+from myna.export.gates import Gate, ask_all, shortest
+from myna.export.parity import ENOUGH_TARGETS, ENOUGH_TOKENS, FileParity, choose_rows, compare_file
 from myna.export.weights import Weights, open_adapted
 from myna.show import Show
 
@@ -63,6 +62,11 @@ class Origin:
         return TorchBackend(self.model(), self.name)
 
 
+def unproven(path: Path) -> Path:
+    """Where a file lies until it is proven."""
+    return path.with_name(f".unproven-{path.name}")
+
+
 @dataclass(frozen=True)
 class Questions:
     """What is asked of every file: rows to score, conversations to render."""
@@ -75,38 +79,35 @@ class Questions:
     def num_tokens(self) -> int:
         return sum(len(row.input_ids_T) for row in self.rows)
 
-    def texts(self) -> list[str]:
-        return [self.tokenizer.render_text(c, add_generation_prompt=False) for c in self.conversations]
-
 
 @dataclass(frozen=True)
 class FileProof:
-    """What was found of one file."""
+    """What was found of one file. `parity` is None where it could not be run."""
 
-    parity: FileParity
+    parity: FileParity | None
     gates: Sequence[Gate]
 
     @property
     def failures(self) -> list[str]:
         """Why it is not the model, a sentence each; none where it is."""
-        return [
-            *self.parity.failures,
-            *(f"{gate.name}: {gate.detail}" for gate in self.gates if not gate.passes),
-        ]
+        failing = [f"{gate.name}: {gate.detail}" for gate in self.gates if not gate.passes]
+        return [*(self.parity.failures if self.parity else []), *failing]
 
     def sentence(self, file_type: str, origin: str) -> str:
         """One line for the terminal."""
+        passed = ", ".join(gate.name for gate in self.gates if gate.passes) or "nothing"
         parity = self.parity
-        passed = [gate.name for gate in self.gates if gate.passes]
+        if parity is None:
+            return f"{file_type}: {self.failures[0]}"
         return (
-            f"{file_type} = {origin}: mean KL {parity.mean_kl:.4f}, same top token {parity.same_top:.1%} over "
+            f"{file_type} against {origin}: mean KL {parity.mean_kl:.4f}, same top token {parity.same_top:.1%} over "
             f"{parity.num_targets:,} target tokens (all {parity.num_tokens:,}: {parity.mean_kl_all:.4f}); "
-            f"the same: {', '.join(passed) or 'nothing'}"
+            f"the same: {passed}"
         )
 
     def as_json(self) -> dict[str, Any]:
         return {
-            **self.parity.as_json(),
+            **(self.parity.as_json() if self.parity else {}),
             "gates": {gate.name: gate.as_json() for gate in self.gates},
             "verdict": "fail" if self.failures else "pass",
         }
@@ -118,24 +119,30 @@ def questions(
     more: Callable[[], Sequence[Conversation]],
     max_length: int,
 ) -> Questions:
-    """Held-out rows with at least 1,000 tokens together; where they have fewer, `more` rows and then fixed ones.
+    """Rows with at least 1,000 tokens together, 300 of them targets.
 
-    DataError where nothing has a target token.
+    Held-out rows, where they have too few tokens `more` rows, and where answers are short the fixed conversations after
+    them. DataError where nothing has a target token.
     """
 
-    def rendered(conversations: Sequence[Conversation]) -> list[Example]:
-        examples = (render_example(conversation, tokenizer, max_length) for conversation in conversations)
-        return [example for example in examples if example.num_targets]
+    def rendered(conversations: Sequence[Conversation]) -> Iterator[Example]:
+        for conversation in conversations:
+            example = render_example(conversation, tokenizer, max_length)
+            if example.num_targets:
+                yield example
 
+    # a template that refuses even this says why, once
+    tokenizer.render_text(gate_conversations()[0], add_generation_prompt=False)
     fixed = fitting(gate_conversations(), tokenizer)
-    rows = rendered(held_out)
-    for source in (more, lambda: fixed):
-        if sum(len(row.input_ids_T) for row in rows) < ENOUGH_TOKENS:
-            rows += rendered(source())
-    chosen = choose_rows(rows)
-    if not chosen:
+    rows = choose_rows(rendered(held_out))
+    if sum(len(row.input_ids_T) for row in rows) < ENOUGH_TOKENS:
+        rows += choose_rows(rendered(more()), ENOUGH_TOKENS - sum(len(row.input_ids_T) for row in rows))
+    num_tokens, num_targets = sum(len(row.input_ids_T) for row in rows), sum(row.num_targets for row in rows)
+    rows += choose_rows(rendered(fixed), ENOUGH_TOKENS - num_tokens, ENOUGH_TARGETS - num_targets)
+    if not rows:
         raise DataError("no row with target tokens is left to measure the model on")
-    return Questions(tokenizer, chosen, [*fixed, *held_out[:GATE_ROWS]])
+    rows_too = [*fixed, *held_out[:GATE_ROWS]] or list(more()[:GATE_ROWS])
+    return Questions(tokenizer, rows, rows_too)
 
 
 def prove_files(
@@ -144,38 +151,53 @@ def prove_files(
     asked: Questions,
     show: Show,
     *,
-    with_importance: bool = False,
+    with_importance: Collection[str] = (),
 ) -> dict[str, FileProof]:
-    """Each file (file type → path) against `origin`."""
+    """Each file (file type → path) against `origin`; `with_importance` are the types that were encoded with it.
+
+    A file that llama.cpp cannot load or run is one that fails.
+    """
+    proofs = {}
     measured = _compare(origin, files, asked, show)
     forget_models()
-    return {
-        file_type: FileProof(measured[file_type], _gates(origin, path, asked, with_importance))
-        for file_type, path in files.items()
-    }
+    for file_type, path in files.items():
+        found = measured[file_type]
+        if isinstance(found, Gate):
+            proofs[file_type] = FileProof(None, [found])
+        else:
+            proofs[file_type] = FileProof(found, _gates(origin, path, asked, file_type in with_importance))
+    return proofs
 
 
 def _compare(
     origin: Origin, files: Mapping[str, Path], asked: Questions, show: Show
-) -> dict[str, FileParity]:
+) -> dict[str, FileParity | Gate]:
+    """One file after another: each holds its head in float32."""
     context = max(len(row.input_ids_T) for row in asked.rows)
     reference = origin.backend()
-    with ExitStack() as stack:
-        backends = {t: LlamaCppBackend(path, context=context) for t, path in files.items()}
-        for backend in backends.values():
-            stack.callback(backend.close)
-        return compare_files(
-            reference, backends, asked.rows, show.counter(f"comparing with {origin.name}", len(asked.rows))
-        )
+    count = show.counter(f"comparing with {origin.name}", len(asked.rows) * len(files))
+    found: dict[str, FileParity | Gate] = {}
+    for file_type, path in files.items():
+        with contextlib.closing(LlamaCppBackend(path, context=context)) as backend:
+            try:
+                found[file_type] = compare_file(reference, backend, file_type, asked.rows, count)
+            except ModelError as error:
+                found[file_type] = Gate("loads", False, error.message)
+    return found
 
 
 def _gates(origin: Origin, path: Path, asked: Questions, with_importance: bool) -> list[Gate]:
     """The questions to a running file, then every block of its weights."""
     from myna.export.gguf import open_source
 
-    longest = max(len(asked.tokenizer.encode(text)) for text in asked.texts())
+    few = shortest(asked.conversations, asked.tokenizer)
+    longest = max(len(render_prompt(c.prompt(), asked.tokenizer)) for c in few)
     with contextlib.closing(LlamaCppBackend(path, context=longest + 64)) as backend:
-        gates = ask_all(backend, asked.tokenizer, asked.conversations)
+        try:
+            gates = ask_all(backend, asked.tokenizer, asked.conversations)
+        except ModelError as error:
+            gates = [Gate("loads", False, error.message)]
     with origin.weights() as weights, open_source(origin.folder, weights) as source:
-        blocks = compare_blocks(path, source.rows, with_importance=with_importance)
+        shapes = {info.name: info.shape for info in source.infos}
+        blocks = compare_blocks(path, shapes, source.rows, with_importance=with_importance)
     return [*gates, Gate("weights", blocks.passes, blocks.sentence())]

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from myna.data.render import load_chat_tokenizer, render_example
+from myna.data.render import load_chat_tokenizer
 from myna.engine.memory import forget_models
 from myna.errors import CheckFailed, UsageError
 from myna.export.card import model_card
-from myna.export.encoder import Floats
-from myna.export.parity import choose_rows
-from myna.export.prove import Origin, Questions, prove_files, questions
-from myna.export.quantize import quant_type
+from myna.export.encoder import GGML_TYPES
+from myna.export.gates import Gate
+from myna.export.prove import FileProof, Origin, Questions, prove_files, questions, unproven
+from myna.export.quantize import QUANT_TYPES, quant_type
+from myna.export.weighed import Weighed, weigh
 from myna.recipe import Recipe
 from myna.run import Run, lock_run, read_json, write_json, write_text
 from myna.show import Show
-from myna.stored import held_out, is_whole, model_dir, require_model, run_base, stored_recipe, training_rows
-
-IMPORTANCE_ROWS, IMPORTANCE_TOKENS = 500, 20_000  # what the importance matrix is measured over, at most
+from myna.stored import (
+    held_out,
+    is_whole,
+    model_dir,
+    require_model,
+    require_unchanged,
+    run_base,
+    stored_recipe,
+    training_rows,
+)
 
 
 def merge_stage(run: Run, *, show: Show | None = None, again: bool = False) -> dict[str, Any]:
@@ -31,14 +40,15 @@ def merge_stage(run: Run, *, show: Show | None = None, again: bool = False) -> d
 
     show = show or Show()
     run.require_stage("train", "myna train RECIPE --resume")
-    done = run.stage("merge")
-    if done and run.merged_dir.is_dir() and not again:
-        show.say("merged already")
-        return done
-    show.stage("merge")
-    started = time.perf_counter()
     recipe = stored_recipe(run)
     with lock_run(run):
+        done = run.stage("merge")
+        if done and run.merged_dir.is_dir() and not again:
+            show.say("merged already")
+            return done
+        show.stage("merge")
+        started = time.perf_counter()
+        require_unchanged(run, run.adapter_dir)
         base = run_base(run, show.say)
         rows = [[int(i) for i in row.input_ids_T] for row in run_questions(run, recipe).rows]
         merged = merge(
@@ -51,13 +61,27 @@ def merge_stage(run: Run, *, show: Show | None = None, again: bool = False) -> d
         )
         update_parity(run, {"verdict": "pass", "merged": dict(merged.as_json())})
         entry = {"seconds": round(time.perf_counter() - started, 1), "dtype": recipe.export.dtype}
-        run.finish_stage("merge", entry, [run.merged_dir, run.parity_path])
+        run.finish_stage("merge", entry, [run.merged_dir])
     show.say(
         f"merged = base + adapter: max |Δ logit| {merged.max_abs:.1e}, relative {merged.relative:.1e} "
         f"over {merged.num_tokens:,} tokens"
     )
     forget_models()
     return entry
+
+
+# Types whose own loss is so small that what they lose otherwise shows; the last one is the smallest.
+FINE = ("F32", "F16", "BF16", "Q8_0")
+
+
+def require_types(file_types: Sequence[str], *, importance: bool) -> None:
+    """UsageError for a type that Myna does not write, or not without importance: told before anything is made."""
+    for file_type in file_types:
+        if quant_type(file_type).needs_importance and not importance:
+            raise UsageError(
+                f"{file_type} needs an importance matrix",
+                help="set export.importance: true in the recipe, or export Q2_K, which does without",
+            )
 
 
 def export_stage(
@@ -69,37 +93,32 @@ def export_stage(
     keeps the name NAME-TYPE.failed.gguf, and CheckFailed is raised after all are measured.
     """
     show = show or Show()
-    for file_type in file_types:
-        quant_type(file_type)
-    files: dict[str, Any] = dict((run.stage("export") or {}).get("files", {}))
     recipe = stored_recipe(run)
-    missing = [t for t in dict.fromkeys(file_types) if not _is_there(run, t, files, recipe.export.importance)]
-    if not missing:
-        show.say("exported already")
-        return files
-    show.stage("export")
-    started = time.perf_counter()
+    require_types(file_types, importance=recipe.export.importance)
     with lock_run(run):
+        files: dict[str, Any] = dict((run.stage("export") or {}).get("files", {}))
+        missing = [t for t in dict.fromkeys(file_types) if not _is_there(run, files.get(t), t, recipe)]
+        if not missing:
+            show.say("exported already")
+            return files
+        show.stage("export")
+        started = time.perf_counter()
         origin = origin_of(run, recipe, show, direct=direct)
-        weighed = _importance(run, recipe, origin, show) if recipe.export.importance else None
-        written = {t: _write_file(run, t, origin, weighed, show) for t in missing}
-        failed = _prove(run, recipe, origin, written, show)
-        passed = {t: entry for t, entry in written.items() if t not in failed}
-        for file_type in passed:
-            os.replace(_unproven(run, file_type), run.gguf_path(file_type))
-        for file_type in failed:
-            os.replace(_unproven(run, file_type), run.gguf_path(file_type).with_suffix(".failed.gguf"))
-        files |= passed
+        with _clean(run):
+            weighed = (
+                weigh(run, recipe, origin, show)
+                if any(map(_weighs, missing)) and recipe.export.importance
+                else None
+            )
+            written = {t: _write_file(run, t, origin, weighed if _weighs(t) else None, show) for t in missing}
+            proofs = _prove(run, recipe, origin, written, show)
+            files |= {t: entry for t, entry in written.items() if not proofs[t].failures}
+            _name(run, proofs)
         seconds = (run.stage("export") or {}).get("seconds", 0.0) + time.perf_counter() - started
-        run.finish_stage("export", {"seconds": round(seconds, 1), "files": files}, [run.parity_path])
+        run.finish_stage("export", {"seconds": round(seconds, 1), "files": files})
+        _enter(run, origin, written, proofs)
         write_text(run.path / "README.md", model_card(run, recipe))
-    if failed:
-        raise CheckFailed(
-            "; ".join(failed.values()),
-            where=str(run.parity_path),
-            help="the file is kept as NAME-TYPE.failed.gguf; a larger type (Q5_K_M, Q6_K, Q8_0) is nearer",
-            code="parity",
-        )
+    _raise_failures(run, proofs)
     return files
 
 
@@ -107,80 +126,74 @@ def origin_of(run: Run, recipe: Recipe, show: Show, *, direct: bool) -> Origin:
     """What a run's files are made from: its merged model, the model it was given, or base + adapter."""
     if direct:
         run.require_stage("train", "myna train RECIPE --resume")
+        require_unchanged(run, run.adapter_dir)
         return Origin("base + adapter", run_base(run, show.say).folder, run.adapter_dir)
     require_model(run)
-    name = "the model it was made from" if is_whole(run) else "merged"
-    return Origin(name, model_dir(run), dtype=recipe.export.dtype)
+    if is_whole(run):
+        return Origin("the model it was made from", model_dir(run))
+    require_unchanged(run, run.merged_dir)
+    return Origin("merged", model_dir(run), dtype=recipe.export.dtype)
 
 
-def run_questions(run: Run, recipe: Recipe) -> Questions:
-    """What a run's files are asked: its held-out rows, training rows after them, and the fixed conversations."""
+def run_questions(run: Run, recipe: Recipe, context: int | None = None) -> Questions:
+    """What a run's files are asked: its held-out rows, training rows after them, and the fixed conversations.
+
+    `context`: tokens that a file is good for, where these are fewer than a row may have.
+    """
     assert recipe.data.max_length is not None
+    require_unchanged(run, run.tokenizer_dir)
     tokenizer = load_chat_tokenizer(run.tokenizer_dir)
-    return questions(tokenizer, held_out(run), lambda: training_rows(run, 100), recipe.data.max_length)
+    longest = min(recipe.data.max_length, context or recipe.data.max_length)
+    return questions(tokenizer, held_out(run), lambda: training_rows(run, 100), longest)
 
 
-def _is_there(run: Run, file_type: str, files: Mapping[str, Any], with_importance: bool) -> bool:
+def file_context(folder: Path) -> int:
+    """The context that a file of this model will name."""
+    from myna.export.model_keys import context_length, read_model_config
+
+    family, config = read_model_config(folder)
+    return context_length(config, family)
+
+
+def _is_there(run: Run, entry: Mapping[str, Any] | None, file_type: str, recipe: Recipe) -> bool:
     """Whether a type is exported, and as the recipe now has it."""
-    entry = files.get(file_type)
-    return (
-        entry is not None
-        and run.gguf_path(file_type).is_file()
-        and bool(entry.get("importance")) == with_importance
-    )
+    if entry is None or not (run.path / entry["path"]).is_file():
+        return False
+    return bool(entry.get("importance")) == (recipe.export.importance and _weighs(file_type))
 
 
-@dataclass(frozen=True)
-class Importance:
-    """What was measured over training rows for the encoder, and what the file says of it."""
-
-    by_tensor: Mapping[str, Floats]
-    keys: Mapping[str, str | int]
-    num_rows: int
+def _weighs(file_type: str) -> bool:
+    """Whether importance changes a file of this type."""
+    return GGML_TYPES[QUANT_TYPES[file_type].main].weighs
 
 
-def _importance(run: Run, recipe: Recipe, origin: Origin, show: Show) -> Importance:
-    """Over training rows, up to IMPORTANCE_TOKENS tokens; what was given without rows has none to measure on."""
-    from myna.export.importance import importance_keys, measure_importance
-    from myna.model.families import family_of
+@contextlib.contextmanager
+def _clean(run: Run) -> Iterator[None]:
+    """Nothing unproven stays behind, nor what a process that was killed left."""
+    run.gguf_dir.mkdir(parents=True, exist_ok=True)
 
-    tokenizer = load_chat_tokenizer(run.tokenizer_dir)
-    assert recipe.data.max_length is not None
-    examples = [
-        render_example(row, tokenizer, recipe.data.max_length) for row in training_rows(run, IMPORTANCE_ROWS)
-    ]
-    rows = [[int(i) for i in row.input_ids_T] for row in choose_rows(examples, IMPORTANCE_TOKENS)]
-    if not rows:
-        raise UsageError(
-            "export.importance: there are no training rows to measure it on",
-            where=str(run.path),
-            help="--rows FILE gives some, or set export.importance: false",
-        )
-    show.say(f"measuring importance over {len(rows)} training rows")
-    model = origin.plain_model()
-    count = lambda done, total: show.progress("importance, row", done, total)  # noqa: E731
-    measured = measure_importance(model, family_of(model.config.to_dict()), rows, progress=count)
-    del model
-    forget_models()
-    return Importance(measured, importance_keys(measured, len(rows), Path(recipe.data.train).name), len(rows))
+    def sweep() -> None:
+        for pattern in (".unproven-*", ".tmp-*"):
+            for path in run.gguf_dir.glob(pattern):
+                path.unlink(missing_ok=True)
 
-
-def _unproven(run: Run, file_type: str) -> Path:
-    return run.gguf_dir / f".unproven-{run.gguf_path(file_type).name}"
+    sweep()
+    try:
+        yield
+    finally:
+        sweep()
 
 
 def _write_file(
-    run: Run, file_type: str, origin: Origin, weighed: Importance | None, show: Show
+    run: Run, file_type: str, origin: Origin, weighed: Weighed | None, show: Show
 ) -> dict[str, Any]:
     from myna.export.gguf import write_gguf
 
-    path = _unproven(run, file_type)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with origin.weights() as weights:
         summary = write_gguf(
             origin.folder,
             run.tokenizer_dir,
-            path,
+            unproven(run.gguf_path(file_type)),
             file_type,
             name=run.name,
             weights=weights,
@@ -189,7 +202,7 @@ def _write_file(
             progress=lambda done, total: show.progress(f"writing {file_type}", done, total),
         )
     return {
-        "path": str(run.gguf_path(file_type).relative_to(run.path)),
+        "path": run.gguf_path(file_type).relative_to(run.path).as_posix(),
         "bytes": summary.bytes,
         "sha256": summary.sha256,
         "types": summary.types,
@@ -199,34 +212,89 @@ def _write_file(
 
 def _prove(
     run: Run, recipe: Recipe, origin: Origin, written: Mapping[str, dict[str, Any]], show: Show
-) -> dict[str, str]:
-    """Proves files, writes parity.json, and returns file type → why for those that fail."""
-    asked = run_questions(run, recipe)
-    unproven = {t: _unproven(run, t) for t in written}
-    proofs = prove_files(origin, unproven, asked, show, with_importance=recipe.export.importance)
+) -> dict[str, FileProof]:
+    """Proves each file. Where none of them is fine enough to tell a wrong structure from few bits, one is that is."""
+    asked = run_questions(run, recipe, file_context(origin.folder))
+    paths = {t: unproven(run.gguf_path(t)) for t in written}
+    weighed = [t for t, entry in written.items() if entry["importance"]]
+    witness = None if any(t in FINE for t in written) else FINE[-1]
+    if witness:
+        _write_file(run, witness, origin, None, show)
+        paths[witness] = unproven(run.gguf_path(witness))
+    proofs = prove_files(origin, paths, asked, show, with_importance=weighed)
     forget_models()
-    failed = {}
+    wrong = proofs.pop(witness).failures if witness else []
     for file_type, proof in proofs.items():
-        show.say(proof.sentence(file_type, origin.name))
-        if proof.failures:
-            failed[file_type] = f"{file_type}: {'; '.join(proof.failures)}"
+        if wrong:
+            found = Gate("structure", False, f"{witness}, written in the same way, fails: {wrong[0]}")
+            proofs[file_type] = replace(proof, gates=[*proof.gates, found])
+        show.say(proofs[file_type].sentence(file_type, origin.name))
+    return proofs
+
+
+def _name(run: Run, proofs: Mapping[str, FileProof]) -> None:
+    """A file that passes gets its name, and one that failed before goes; one that fails says so in its name."""
+    for file_type, proof in proofs.items():
+        path = run.gguf_path(file_type)
+        failed = path.with_suffix(".failed.gguf")
+        os.replace(unproven(path), failed if proof.failures else path)
+        if not proof.failures:
+            failed.unlink(missing_ok=True)
+
+
+def _enter(
+    run: Run, origin: Origin, written: Mapping[str, dict[str, Any]], proofs: Mapping[str, FileProof]
+) -> None:
+    """parity.json: `files` are those that have their name, `failed` those that were last refused one."""
     entries = {
-        t: {**proof.as_json(), "types": written[t]["types"], "bytes": written[t]["bytes"]}
+        t: {
+            **proof.as_json(),
+            "origin": origin.name,
+            "types": written[t]["types"],
+            "bytes": written[t]["bytes"],
+        }
         for t, proof in proofs.items()
     }
-    before = read_json(run.parity_path).get("files", {}) if run.parity_path.is_file() else {}
-    files = {**before, **entries}
-    update = {
-        "verdict": "pass" if all(entry["verdict"] == "pass" for entry in files.values()) else "fail",
-        "tokens_equal": all(entry["gates"]["tokens"]["verdict"] == "pass" for entry in entries.values()),
-        "num_tokens": asked.num_tokens,
-        "files": files,
-    }
-    update_parity(run, update)
-    return failed
+    before = read_json(run.parity_path) if run.parity_path.is_file() else {}
+    good = {t: entry for t, entry in entries.items() if not proofs[t].failures}
+    bad = {t: entry for t, entry in entries.items() if proofs[t].failures}
+    gates = [gate for proof in proofs.values() for gate in proof.gates if gate.name == "tokens"]
+    update_parity(
+        run,
+        {
+            "verdict": "fail" if bad else "pass",
+            "tokens_equal": all(gate.passes for gate in gates),
+            "num_tokens": next((p.parity.num_tokens for p in proofs.values() if p.parity), 0),
+            "files": before.get("files", {}) | good,
+            "failed": {t: e for t, e in before.get("failed", {}).items() if t not in good} | bad,
+        },
+    )
+
+
+# What to do where it is more than the distance that is wrong.
+CURES = {
+    "weights": "export it again; if it stays so, this machine's disk or memory is not sound",
+    "loads": "another type may load; `myna chat RUN` through torch works",
+}
+_OTHERWISE = "llama.cpp runs this tokenizer or template otherwise; `myna chat RUN` through torch works"
+
+
+def _raise_failures(run: Run, proofs: Mapping[str, FileProof]) -> None:
+    failed = {t: proof for t, proof in proofs.items() if proof.failures}
+    if not failed:
+        return
+    gates = [gate.name for proof in failed.values() for gate in proof.gates if not gate.passes]
+    cure = CURES.get(gates[0], _OTHERWISE) if gates else "a larger type (Q5_0, Q6_K, Q8_0) is nearer"
+    raise CheckFailed(
+        "; ".join(f"{t}: {'; '.join(proof.failures)}" for t, proof in failed.items()),
+        where=str(run.parity_path),
+        help=f"the file is kept as NAME-TYPE.failed.gguf; {cure}",
+        code="parity",
+    )
 
 
 def update_parity(run: Run, update: Mapping[str, Any]) -> None:
-    """Enters what was measured into parity.json."""
+    """Enters what was measured into parity.json, and its digest into run.json."""
     before = read_json(run.parity_path) if run.parity_path.is_file() else {}
     write_json(run.parity_path, {**before, **update})
+    run.record([run.parity_path])

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from myna.errors import MachineError, ModelError, MynaError
+from myna.errors import MachineError, ModelError, MynaError, UsageError
 from myna.run import file_sha256, require_room
 
 Say = Callable[[str], None]
@@ -83,8 +83,8 @@ def fetch_repository(spec: str, say: Say, *, adapters_only: bool = False) -> Hub
     """Brings hf:org/name@revision into huggingface_hub's cache: what is read of it, and safetensors alone.
 
     Where the hub is out of reach, what the revision meant last is taken from the cache, and that is said. Raises
-    ModelError for what there is not, may not be had or is refused (with `adapters_only`, a whole model too), before
-    anything large is fetched; MachineError for a hub that cannot be reached and for a full disk.
+    ModelError for what there is not, may not be had or is refused, and with `adapters_only` UsageError for a whole model,
+    before anything large is fetched; MachineError for a hub that cannot be reached and for a full disk.
     """
     repository, revision = parse_hub(spec)
     cached = cached_repository(repository, revision)
@@ -159,7 +159,7 @@ def _is_whole(folder: Path) -> bool:
 
 def _require_adapter(adapters_only: bool, is_adapter: bool, spec: str) -> None:
     if adapters_only and not is_adapter:
-        raise ModelError(
+        raise UsageError(
             "is a whole model, not an adapter: there is nothing to merge",
             where=spec,
             help=f"myna export {spec} --quantize Q4_K_M",

