@@ -8,7 +8,6 @@ an adapter adapter/ and its base. run.json says under `source` what it was made 
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 import sys
@@ -23,12 +22,12 @@ import myna
 from myna.adapters.files import CONFIG, WEIGHTS, adapter_sha256, read_adapter_config
 from myna.adapters.its_base import adapter_base
 from myna.data.render import ChatTokenizer, load_chat_tokenizer
-from myna.data.rows import as_row, load_conversations
-from myna.errors import DataError, Interrupted, ModelError, MynaError, UsageError
+from myna.errors import Interrupted, ModelError, MynaError, UsageError
+from myna.given_rows import give_rows
 from myna.model.hub import PREFIX, fetch_repository
 from myna.model.load import read_config
 from myna.model.sources import PACKAGED, BaseFiles, Say, model_folder, resolve_base
-from myna.prepare import DEFAULT_MAX_LENGTH, LIBRARIES, save_tokenizer, short_enough
+from myna.prepare import DEFAULT_MAX_LENGTH, LIBRARIES, save_tokenizer
 from myna.recipe import GivenData, GivenRecipe, ModelSettings, RunSettings, recipe_yaml
 from myna.run import (
     RUNS_DIR,
@@ -42,7 +41,7 @@ from myna.run import (
     write_text,
 )
 from myna.show import Show
-from myna.stored import is_adopted, is_whole, refuse_existing, stored_recipe
+from myna.stored import is_whole, refuse_existing
 
 Kind = Literal["adapter", "model", "gguf"]
 # What a recipe says of training, which here nobody knows.
@@ -153,13 +152,13 @@ def adopted(
         else:
             with _gone_if_refused(run):
                 _make(run, given, base, show.say)
-                _give_rows(run, rows, show.say)
+                give_rows(run, rows, show.say)
                 yield run
             return
     elif base or name:
         flag = "--base" if base else "--name"
         raise UsageError(f"{flag} is for adapters and models that are no run yet; {target} is one")
-    _give_rows(run, rows, show.say)
+    give_rows(run, rows, show.say)
     yield run
 
 
@@ -175,10 +174,11 @@ def named_run(target: str) -> Run | None:
 def _gone_if_refused(run: Run) -> Iterator[None]:
     """Removes a run that was refused before any stage was done: it would stand in the way of the corrected one."""
     was_there = run.path.is_dir() and not (run.path / ".lock").exists()
+    above = next(path for path in (run.path, *run.path.parents) if path.exists())
+    if not above.is_dir():
+        raise UsageError("is a file, or lies in one", where=str(run.path), help="--name NAME makes another")
     try:
         refuse_existing(run)
-        with lock_run(run):
-            pass
     except UsageError as error:
         raise UsageError(
             error.message, where=error.where, help="--name NAME makes another", code=error.code
@@ -297,61 +297,3 @@ def _take_tokenizer(run: Run, given: Given, base: BaseFiles, say: Say) -> None:
         given.folder if (given.folder / "tokenizer.json").is_file() else base.folder, run.tokenizer_dir
     )
     write_text(run.tokenizer_dir / "chat_template.jinja", tokenizer.template_text)
-
-
-def require_rows(run: Run, target: str) -> None:
-    """UsageError with the cure where a run that was not trained here has no rows to be measured on."""
-    if is_adopted(run) and not run.test_path.is_file():
-        raise UsageError(
-            f"there are no rows to measure {target} on: Myna did not train it",
-            help=f"myna evaluate {target} --rows FILE (.jsonl .json .csv .tsv .parquet)",
-        )
-
-
-def _give_rows(run: Run, rows: Path | None, say: Say) -> None:
-    """Makes the rows of a file the held-out rows of an adopted run, those that fit into its context."""
-    if rows is None:
-        return
-    if not is_adopted(run):
-        raise UsageError(
-            "--rows is for what was not trained here: this run has held-out rows of its own",
-            where=str(run.path),
-            help=f"myna evaluate {run.path}",
-        )
-    loaded = load_conversations(rows)
-    for sentence in loaded.said:
-        say(sentence)
-    recipe = stored_recipe(run)
-    kept = short_enough(loaded.conversations, load_chat_tokenizer(run.tokenizer_dir), recipe, say)
-    if not kept:
-        raise DataError(
-            f"every row is longer than {recipe.data.max_length} tokens, which is what the model reads at once",
-            where=str(rows),
-            help="--rows FILE with shorter rows",
-            code="cut",
-        )
-    with lock_run(run):
-        lines = [json.dumps(as_row(row), ensure_ascii=False) + "\n" for row in kept]
-        before = file_sha256(run.test_path) if run.test_path.is_file() else None
-        write_text(run.test_path, "".join(lines))
-        if before != file_sha256(run.test_path):
-            _drop_evaluation(run, say)
-        info = run.info()
-        test = {"path": str(rows.resolve()), "sha256": loaded.sha256, "rows": len(kept)}
-        info["data"]["test"] = {**test, "format": loaded.format_name}
-        info["held_out_rows"] = len(kept)
-        info["digests"] |= run.digests([run.test_path])
-        write_json(run.path / "run.json", info)
-
-
-def _drop_evaluation(run: Run, say: Say) -> None:
-    """Scores of other rows would stand beside the new ones as if they were theirs."""
-    if not run.evaluation_path.is_file():
-        return
-    info = run.info()
-    info["stages"].pop("evaluate", None)
-    info["digests"].pop(run.evaluation_path.name, None)
-    write_json(run.path / "run.json", info)
-    for path in (run.evaluation_path, run.report_path):
-        path.unlink(missing_ok=True)
-    say("the scores of the rows before are removed: `myna evaluate` measures on these")

@@ -23,7 +23,7 @@ from myna.errors import DataError, RecipeError
 from myna.model.load import read_config
 from myna.model.sources import PACKAGED, BaseFiles, Say, resolve_base
 from myna.recipe import Recipe, recipe_yaml
-from myna.run import Run, read_json, timestamp, write_json, write_text
+from myna.run import Run, new_directory, read_json, timestamp, write_json, write_text
 from myna.stored import pinned_base, stored_recipe
 
 DEFAULT_MAX_LENGTH = 2048
@@ -103,22 +103,17 @@ def keep_trained(recipe: Recipe, run: Run) -> None:
     What the recipe leaves open is as it was found when the run was made. RecipeError naming every difference.
     """
     before = stored_recipe(run)
-    model, data, train = recipe.model, recipe.data, recipe.train
-    base = model.base
+    data, train, base = recipe.data, recipe.train, recipe.model.base
     is_path = base not in PACKAGED and not base.startswith("hf:")
-    paths = {
-        name: str(Path(path).resolve())
-        for name, path in (("train", data.train), ("test", data.test))
-        if path is not None
-    }
-    left_open = {"max_length": data.max_length or before.data.max_length}
+    paths = {n: str(Path(p).resolve()) for n, p in (("train", data.train), ("test", data.test)) if p}
     rate = train.learning_rate or before.train.learning_rate
     packs = train.pack_tokens or before.train.pack_tokens
+    folder = str(Path(base).resolve()) if is_path else base
     resolved = recipe.model_copy(
         update={
             "run": recipe.run.model_copy(update={"name": before.run.name}),
-            "model": model.model_copy(update={"base": str(Path(base).resolve()) if is_path else base}),
-            "data": data.model_copy(update=paths | left_open),
+            "model": recipe.model.model_copy(update={"base": folder}),
+            "data": data.model_copy(update=paths | {"max_length": data.max_length or before.data.max_length}),
             "train": train.model_copy(update={"learning_rate": rate, "pack_tokens": packs}),
         }
     )
@@ -305,10 +300,10 @@ def save_tokenizer(source: Path, folder: Path) -> None:
     """Copies the tokenizer's files and writes the chat template in use beside them."""
     import shutil
 
-    from myna.run import new_directory
-
     tokenizer = load_chat_tokenizer(source)
-    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
+    names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"]
+    if tokenizer.exceeds_rows:
+        names.append("config.json")  # it tells which of the tokens the model has an embedding for
     with new_directory(folder) as temporary:
         for name in names:
             if (source / name).is_file():

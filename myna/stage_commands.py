@@ -96,9 +96,10 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Base, tuned and every exported file on the same held-out rows; writes evaluation.json and report.html."""
-    from myna.adopt import adopted, require_rows
+    from myna.adopt import adopted
     from myna.evaluate.stage import evaluate_stage
     from myna.export.stage import merge_stage
+    from myna.given_rows import require_rows
     from myna.pipeline import outcome
     from myna.stored import is_whole
 

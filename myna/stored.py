@@ -136,7 +136,8 @@ def require_unchanged(run: Run, folder: Path) -> None:
         else:
             continue
         again = f"delete {folder}, then `myna merge {run.path}` writes it again"
-        cure = again if folder == run.merged_dir else "train again: --set run.name=NAME starts another run"
+        anew = "make the run again: --name NAME" if is_adopted(run) else "train again: --set run.name=NAME"
+        cure = again if folder == run.merged_dir else f"{anew} starts another"
         raise RecipeError(
             f"{file} {fault}", where=str(run.path), help=f"put back what was there, or {cure}", code="changed"
         )

@@ -126,7 +126,9 @@ def _gates(run: Run) -> Iterator[Finding]:
         yield _merged(parity["merged"])
     if parity.get("adapter_file"):
         entry = parity["adapter_file"]
-        verdict = _verdict(entry, has_name=run.stage("export_adapter") is not None)
+        exported = run.stage("export_adapter")
+        has_name = exported is not None and (run.path / exported["path"]).is_file()
+        verdict = _verdict(entry, has_name=has_name)
         yield Finding("gates", "adapter file: parity", verdict, f"mean KL {entry['mean_kl']:.5f}")
     files = parity.get("files", {})
     for file_type in run_files(run):

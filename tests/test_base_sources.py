@@ -182,7 +182,9 @@ def test_an_unpacked_copy_that_changed_is_unpacked_again(
     assert base_on_disk(target) == found
 
 
-def test_a_packaged_file_by_its_path_is_not_read_from_a_changed_copy(packaged: PackagedBase, cache: Path) -> None:
+def test_a_packaged_file_by_its_path_is_not_read_from_a_changed_copy(
+    packaged: PackagedBase, cache: Path
+) -> None:
     found = resolve_base("tiny")
     double_a_weight(found.folder)
     again = resolve_base(str(cache / "bases/tiny/tiny.gguf"))

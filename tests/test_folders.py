@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from myna.adapters.folders import check_adapter_patterns
-from myna.errors import MachineError, ModelError
+from myna.adapters.files import load_adapter
+from myna.adapters.folders import check_adapter_folder, check_adapter_patterns
+from myna.data.conversation import Conversation, Message
+from myna.data.render import load_chat_tokenizer, render_example
+from myna.errors import DataError, MachineError, ModelError
 from myna.model.folders import check_model_folder
 from myna.model.load import load_base, refuse_not_finite
 
@@ -133,3 +137,91 @@ def test_patterns_that_end_pass(tmp_path: Path) -> None:
     }
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     check_adapter_patterns(tmp_path, [f"model.layers.{n}.self_attn.q_proj" for n in range(32)])
+
+
+def test_sizes_that_say_there_is_none_pass(folder: Path) -> None:
+    change(folder / "config.json", num_local_experts=0, sliding_window=False)
+    check_model_folder(folder)
+    change(folder / "config.json", intermediate_size=0)
+    with pytest.raises(ModelError, match="intermediate_size is '0'"):
+        check_model_folder(folder)
+
+
+def test_an_index_without_metadata_is_refused_with_its_cure(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "a.safetensors"}}))
+    with pytest.raises(ModelError, match="has no metadata") as error:
+        check_model_folder(folder)
+    assert error.value.help == 'add "metadata": {} to it'
+
+
+def add_token(folder: Path, content: str, number: int, *, special: bool = True) -> None:
+    value = json.loads((folder / "tokenizer.json").read_text())
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": special}
+    value["added_tokens"].append({"id": number, "content": content, **plain})
+    (folder / "tokenizer.json").write_text(json.dumps(value))
+
+
+def test_an_added_token_beyond_the_embeddings_is_refused_in_text_only(folder: Path) -> None:
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    size = load_chat_tokenizer(folder).vocab_size
+    for number in range(size, rows + 1):  # tokenizers numbers added tokens one after the other
+        add_token(folder, f"<soft-{number}>", number)
+    check_model_folder(folder)
+    tokenizer = load_chat_tokenizer(folder)
+    assert tokenizer.encode(f"<soft-{size}>" if size < rows else "a")
+    with pytest.raises(DataError, match=f"holds '<soft-{rows}>', a token .* no embedding for"):
+        tokenizer.encode(f"look at <soft-{rows}> here")
+    talk = Conversation((Message("user", "a"), Message("assistant", f"<soft-{rows}>")))
+    with pytest.raises(DataError, match="no embedding for"):
+        render_example(talk, tokenizer, 100)
+    value = json.loads((folder / "tokenizer.json").read_text())
+    value["model"]["vocab"]["beyond"] = rows
+    (folder / "tokenizer.json").write_text(json.dumps(value))
+    with pytest.raises(ModelError, match="has a token with the number"):
+        check_model_folder(folder)
+
+
+def test_a_trained_adalora_adapter_merges(tiny_base: Path, tmp_path: Path) -> None:
+    from peft import AdaLoraConfig, get_peft_model
+
+    names = ["k_proj", "v_proj"]
+    steps = {"total_step": 12, "tinit": 1, "tfinal": 2, "deltaT": 1}
+    config = AdaLoraConfig(task_type="CAUSAL_LM", target_modules=names, init_r=4, target_r=2, **steps)
+    torch.manual_seed(0)
+    model = get_peft_model(load_base(tiny_base, "fp32"), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for step in range(12):
+        ids = torch.randint(0, 200, (2, 8))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    ranks = json.loads(path.read_text())["rank_pattern"]
+    assert ranks and all(isinstance(kept, bool) for kept in next(iter(ranks.values())))
+    check_adapter_folder(tmp_path)
+    merged = load_adapter(load_base(tiny_base, "fp32"), tmp_path).merge_and_unload()
+    ids = torch.arange(8)[None]
+    model.eval()
+    torch.testing.assert_close(
+        merged(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5
+    )
+    for changes in ({"peft_type": "LORA"}, {"rank_pattern": {"q": [True] * 10**5}}):
+        change(path, rank_pattern=ranks)
+        change(path, **changes)
+        with pytest.raises(ModelError, match="rank_pattern is"):
+            check_adapter_folder(tmp_path)
+        change(path, peft_type="ADALORA")
+
+
+def test_a_pattern_is_given_processor_time_and_not_the_clocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = tmp_path / "python"  # a machine so busy that the interpreter comes up late
+    slow.write_text(f'#!/bin/sh\nsleep 1.5\nexec {sys.executable} "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(slow))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"target_modules": r"a+\.q_proj"}))
+    check_adapter_patterns(tmp_path, ["aa.q_proj"])

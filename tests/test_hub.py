@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import tiny
 from hub_server import Hub, running_hub
 
-from myna.errors import MachineError, ModelError, MynaError
+from myna.errors import MachineError, ModelError, MynaError, UsageError
 from myna.model.hub import HubFiles, cached_repository, fetch_repository
 from myna.model.sources import resolve_base
 
@@ -255,7 +256,7 @@ def test_shards_are_fetched_with_their_index_and_counted(hub: Hub, files: dict[s
 
 def test_only_an_adapter_is_fetched_where_one_is_wanted(hub: Hub, files: dict[str, bytes]) -> None:
     hub.add("org/tiny", files)
-    with pytest.raises(ModelError, match="nothing to merge"):
+    with pytest.raises(UsageError, match="nothing to merge"):
         fetch_repository("hf:org/tiny", lambda _: None, adapters_only=True)
     assert not any("/resolve/" in path for path in hub.paths())
 
@@ -271,7 +272,9 @@ def test_a_run_keeps_the_commit_that_it_began_with(hub: Hub, files: dict[str, by
     recipe = build_recipe({"model": {"base": "hf:org/tiny"}, "data": {"train": str(rows)}})
     run = Run(tmp_path / "runs/orders")
     prepare(recipe, run, lambda _: None)
-    assert run.info()["base"] | {"sha256": ""} == {"name": "hf:org/tiny", "sha256": "", "commit": commit}
+    recorded = run.info()["base"]
+    assert (recorded["name"], recorded["commit"]) == ("hf:org/tiny", commit)
+    assert recorded["config_sha256"] == hashlib.sha256(files["config.json"]).hexdigest()
     hub.add("org/tiny", {**files, "model.safetensors": files["model.safetensors"][:-4] + b"\0\0\0\1"})
     assert run_base(run).commit == commit
     assert prepare(recipe, run, lambda _: None).base.commit == commit  # a resume, after the branch moved on

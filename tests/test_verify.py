@@ -282,3 +282,15 @@ def test_merged_that_changed_is_not_measured_as_tuned(run: Run) -> None:
     path.write_bytes(path.read_bytes()[:-2] + b"xx")
     with pytest.raises(RecipeError, match="merged/"):
         evaluate_stage(run, again=True)
+
+
+def test_an_exported_file_that_changed_is_not_measured(run: Run) -> None:
+    """Its scores would be entered under the digest of the file that was exported."""
+    from myna.errors import RecipeError
+    from myna.evaluate.stage import evaluate_stage
+
+    path = next(run.gguf_dir.glob("*.gguf"))
+    path.write_bytes(path.read_bytes()[:-2] + b"xx")
+    with pytest.raises(RecipeError, match="is not the file that was exported") as caught:
+        evaluate_stage(run)
+    assert "myna export" in (caught.value.help or "") and caught.value.code == "changed"

@@ -9,13 +9,18 @@ from typing import Any
 
 import gguf
 import pytest
+from llama_server import llama_cpp
+from tiny_families import new_model
 from tiny_gguf import CONFIG, VOCAB_SIZE, write_tokenizer
 from tiny_tokenizers import write_family_tokenizer
 from tokenizers import Tokenizer
 
-from myna.errors import ModelError
+from myna.data.render import load_chat_tokenizer
+from myna.errors import DataError, ModelError
+from myna.export.gguf import write_gguf
 from myna.export.tokens import CONTROL, NORMAL, UNUSED, USER_DEFINED
 from myna.export.vocabulary import read_vocabulary, shown_name
+from myna.model.folders import check_model_folder
 from myna.model.pre_tokenizers import (
     ALIASES,
     PRE_TOKENIZERS,
@@ -23,6 +28,7 @@ from myna.model.pre_tokenizers import (
     pre_tokenizer_json,
     pre_tokenizer_name,
 )
+from myna.prepare import save_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +226,27 @@ def test_only_a_phi3_tokenizer_has_a_name_that_says_so(tokenizer_dir: Path, tmp_
         "my-phi3",
         "Phi-3.5 orders",
     ]
+
+
+def test_an_added_token_without_an_embedding_is_left_out_and_the_others_are_llama_cpps(
+    tmp_path: Path,
+) -> None:
+    """As Gemma 3's text models have it: <image_soft_token> is one beyond the embeddings."""
+    tokenizer = write_family_tokenizer(tmp_path, "gemma2")
+    rows = tokenizer.get_vocab_size()
+    value = json.loads((tmp_path / "tokenizer.json").read_text())
+    value["added_tokens"].append(value["added_tokens"][0] | {"id": rows, "content": "<image_soft_token>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(value))
+    new_model(tmp_path, "gemma3_text", rows)
+    check_model_folder(tmp_path)
+    write_gguf(tmp_path, tmp_path, tmp_path / "m.gguf", "F16", name="soft")
+    assert len(read_vocabulary(tmp_path, {"vocab_size": rows}).tokens) == rows
+    ours = load_chat_tokenizer(tmp_path)
+    text = "<bos><start_of_turn>user\nThe quick brown fox, 12 times<end_of_turn>\n"
+    with llama_cpp(tmp_path / "m.gguf", tmp_path) as server:
+        assert server.tokens(text) == ours.encode(text)
+    with pytest.raises(DataError, match="'<image_soft_token>', a token of the tokenizer"):
+        ours.encode("see <image_soft_token>")
+    save_tokenizer(tmp_path, tmp_path / "run")
+    with pytest.raises(DataError, match="no embedding for"):
+        load_chat_tokenizer(tmp_path / "run").encode("see <image_soft_token>")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from myna.model.folders import check_entries, refuse_pickles
 from myna.model.plain_files import read_object, refuse, shown
@@ -20,10 +20,16 @@ REFUSED_SETTINGS = {
     "megatron_config": "peft would import a module by the name in it",
     "layer_replication": "it copies layers of the base, which no other program could follow",
 }
-PATTERN_SECONDS = 1.0
+PATTERN_SECONDS = 1  # of processor time; matching the names of a large model takes a hundredth
+WALL_SECONDS = 10  # where processor time has no limit, and for a machine that does not come round to it
 TRY_PATTERNS = """
 import json, re, sys
-patterns, names = json.load(sys.stdin)
+patterns, names, seconds = json.load(sys.stdin)
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+except ImportError:
+    pass
 for pattern in map(re.compile, patterns):
     for name in names:
         pattern.match(name), pattern.fullmatch(name)
@@ -56,13 +62,20 @@ def _check_numbers(path: Path, config: Mapping[str, Any], largest: int) -> None:
     """Ranks that tensors of the file could have, and scales that are numbers."""
     ranks, scales = (_pattern(path, config, f"{what}_pattern") for what in ("rank", "alpha"))
     smallest = 0 if config.get("peft_type") == "OFT" else 1  # 0: its block size is given instead
-    for key, value in [("r", config.get("r")), *(("rank_pattern", rank) for rank in ranks.values())]:
+    given = list(ranks.values())
+    if config.get("peft_type") == "ADALORA":  # peft keeps which of the ranks are left, for each module
+        given = [rank for rank in given if not _is_mask(rank, largest)]
+    for key, value in [("r", config.get("r")), *(("rank_pattern", rank) for rank in given)]:
         if value is not None and (type(value) is not int or not smallest <= value <= largest):
             refuse(path, f"{key} is {shown(value)}; ranks from 1 to {largest:,} fit its tensors")
     alphas = [("alpha_pattern", alpha) for alpha in scales.values()]
     for key, value in [*((k, config.get(k)) for k in ("lora_alpha", "alpha", "lora_dropout")), *alphas]:
         if value is not None and (type(value) not in (int, float) or not -1e6 <= value <= 1e6):
             refuse(path, f"{key} is {shown(value)}, no number that can be used")
+
+
+def _is_mask(value: Any, largest: int) -> bool:
+    return isinstance(value, list) and len(value) <= largest and all(type(kept) is bool for kept in value)
 
 
 def _pattern(path: Path, config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -106,17 +119,25 @@ def check_adapter_patterns(folder: Path, names: Iterable[str]) -> None:
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", TRY_PATTERNS],
-            input=json.dumps([[form for p in tried for form in (p, rf"(.*\.)?({p})$")], list(names)]),
+            input=json.dumps(
+                [[form for p in tried for form in (p, rf"(.*\.)?({p})$")], list(names), PATTERN_SECONDS]
+            ),
             capture_output=True,
             text=True,
             check=False,
-            timeout=PATTERN_SECONDS,
+            timeout=WALL_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        refuse(
-            path,
-            f"a pattern in it takes longer than {PATTERN_SECONDS:g} s: {shown(tried[0])}",
-            "list the names instead",
-        )
+        _refuse_slow(path, tried[0])
+    if done.returncode < 0:  # ended by the system, at its limit
+        _refuse_slow(path, tried[0])
     if done.returncode:
         refuse(path, f"a pattern in it is no regular expression: {shown(tried[0])}", "list the names instead")
+
+
+def _refuse_slow(path: Path, pattern: str) -> NoReturn:
+    refuse(
+        path,
+        f"a pattern in it takes longer than {PATTERN_SECONDS} s: {shown(pattern)}",
+        "list the names instead",
+    )

@@ -56,9 +56,7 @@ def _recorded(folder: Path, say: Say) -> tuple[str, BaseFiles]:
     wanted = given or (revision if isinstance(revision, str) and revision else None)
     cached = cached_repository(repository, wanted)
     if cached is not None:
-        base = replace(
-            model_folder(cached.folder), name=f"{PREFIX}{repository}", commit=cached.commit
-        )
+        base = replace(model_folder(cached.folder), name=f"{PREFIX}{repository}", commit=cached.commit)
         return cached.pinned, base
     at = f"@{wanted}" if wanted else ""
     is_path = name.startswith((".", "/", "~")) or repository.count("/") != 1

@@ -53,6 +53,7 @@ class ChatTokenizer:
     tokenizer: Tokenizer
     template_text: str
     special_tokens: Mapping[str, str]
+    num_rows: int | None = None  # of the model's embeddings, where the folder tells
 
     @cached_property
     def _template(self) -> Any:
@@ -104,7 +105,23 @@ class ChatTokenizer:
         """Token ids; control tokens spelled in the text are read as such, none are added. UsageError: no UTF-8."""
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
             raise UsageError("the text is not UTF-8")
-        return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=False).ids]
+        return self.within_rows(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    @property
+    def exceeds_rows(self) -> bool:
+        """Whether it has added tokens that the model has no embedding for."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return self.num_rows is not None and max(added, default=-1) >= self.num_rows
+
+    def within_rows(self, ids: Sequence[int]) -> list[int]:
+        """The ids, or DataError where one is an added token that the model has no embedding for."""
+        if self.num_rows is not None and max(ids, default=0) >= self.num_rows:
+            text = self.tokenizer.id_to_token(max(ids))
+            raise DataError(
+                f"the text holds {text!r}, a token of the tokenizer that the model has no embedding for",
+                help=f"take {text!r} out of the text or the chat template, or give a base that was resized for it",
+            )
+        return [int(i) for i in ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -139,7 +156,10 @@ def load_chat_tokenizer(folder: Path) -> ChatTokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     template = read_template(folder, config)
-    return ChatTokenizer(tokenizer, plain_template(special) if template is None else template, special)
+    text = plain_template(special) if template is None else template
+    model_path = folder / "config.json"
+    rows = read_json(model_path).get("vocab_size") if model_path.is_file() else None
+    return ChatTokenizer(tokenizer, text, special, rows if isinstance(rows, int) else None)
 
 
 def render_prompt(conversation: Conversation, tokenizer: ChatTokenizer) -> list[int]:
@@ -200,7 +220,7 @@ def _continuation(text: str, start: str, conversation: Conversation) -> str:
 def _answer(text: str, tokenizer: ChatTokenizer, conversation: Conversation) -> tuple[list[int], str]:
     """Ids of an assistant turn up to and with its stop token, and the text the template puts after that."""
     encoding = tokenizer.tokenizer.encode(text, add_special_tokens=False)
-    ids = [int(i) for i in encoding.ids]
+    ids = tokenizer.within_rows(encoding.ids)
     for position in range(len(ids) - 1, -1, -1):
         if ids[position] in tokenizer.special_ids:
             end = encoding.offsets[position][1]

@@ -45,8 +45,10 @@ from myna.data.sandbox_filters import (
 from myna.data.sandbox_text import TEXT_METHODS, charge_format, charge_method, charge_percent
 
 COMPILE_ROOM = 1_000_000  # bytes: constants are computed when a template is compiled
-COMPARISONS = ("in", "==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", ">=", "ge", "<", "lt", "lessthan")
-COMPARISONS += ("<=", "le", "lower", "upper")
+COMPARISONS = (
+    *("in", "==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", ">=", "ge", "<", "lt", "lessthan"),
+    *("<=", "le", "lower", "upper"),
+)
 
 
 class Generation(Extension):
@@ -67,11 +69,16 @@ class BoundedEnvironment(Account, ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**", "%", "-"})
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
+        # not optimized: jinja2 would compute constants of a filter's filter's … filter anew for each of them
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[loopcontrols, Generation]
+        )
         self.start({}, COMPILE_ROOM)
-        self.filters = {name: self._bounded_filter(name) for name in (*PLAIN_FILTERS, *TEXT_FILTERS, *LIST_FILTERS)}
+        self.filters = {
+            name: self._bounded_filter(name) for name in (*PLAIN_FILTERS, *TEXT_FILTERS, *LIST_FILTERS)
+        }
         self.filters |= {TURNS: self.turns, COMPARED: self.compared}
-        self.tests |= {name: self._bounded_test(self.tests[name]) for name in COMPARISONS}
+        self.tests.update({name: self._bounded_test(name) for name in COMPARISONS})
         self.tests["divisibleby"] = lambda value, number: self.call_binop(None, "%", value, number) == 0
         self.globals = {
             "range": self.globals["range"],
@@ -115,15 +122,14 @@ class BoundedEnvironment(Account, ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Any, __callable: Any, *args: Any, **named: Any) -> Any:
         __self.step()
-        if isinstance(__callable, Macro):
+        owner = getattr(__callable, "__self__", None)
+        if isinstance(owner, str):
+            args = charge_method(__self, owner, __callable.__name__, args, named)
+        elif isinstance(__callable, Macro):
             if __callable.catch_varargs or __callable.catch_kwargs:
                 __self.weigh((args, named))  # it gets them as a collection
-        else:
-            owner = getattr(__callable, "__self__", None)
-            if isinstance(owner, str):
-                args = charge_method(__self, owner, __callable.__name__, args, named)
-            elif owner is not None and not isinstance(owner, dict):
-                __self.look()  # a list seeks through itself
+        elif owner is not None and not isinstance(owner, dict):
+            __self.look()  # a list seeks through itself
         return __self.made(super().call(__context, __callable, *args, **named))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
@@ -147,7 +153,9 @@ class BoundedEnvironment(Account, ImmutableSandboxedEnvironment):
         plain: Callable[..., Any] = OWN_FILTERS.get(name) or jinja2.filters.FILTERS[name]
         first = 1 if hasattr(plain, "jinja_pass_arg") else 0
         check, attribute = CHECKS.get(name), ATTRIBUTES.get(name)
-        charge = self._charge_text if name in TEXT_FILTERS else self._charge_list if name in LIST_FILTERS else None
+        charge = (
+            self._charge_text if name in TEXT_FILTERS else self._charge_list if name in LIST_FILTERS else None
+        )
 
         @functools.wraps(plain)
         def bounded(*args: Any, **named: Any) -> Any:
@@ -176,7 +184,9 @@ class BoundedEnvironment(Account, ImmutableSandboxedEnvironment):
         if isinstance(value, str | list | tuple | dict):
             self.charge(LIST_RATE * text_bytes(value))
 
-    def _bounded_test(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+    def _bounded_test(self, name: str) -> Callable[..., Any]:
+        plain: Any = jinja2.tests.TESTS[name]
+
         def bounded(value: Any, *others: Any) -> Any:
             self.compared(value)
             for other in others:

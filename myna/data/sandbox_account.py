@@ -25,7 +25,7 @@ MAX_BITS = 10_000  # of an integer
 ITEM = 16  # what an item of a collection is charged
 WRITTEN = 4  # times the size of a collection that it may have as text: a character can become ten
 
-COLLECTIONS = (list, tuple, set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
+COLLECTIONS: Any = (list, tuple, set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
 # What has nothing in it that is compared or written with it. A namespace can change: it is never written out.
 ATOMS = (int, float, NoneType, Undefined, Namespace, range, Macro, LoopContext, GeneratorType)
 
@@ -147,8 +147,8 @@ class Account:
         stack = [value]
         while stack:
             top = stack.pop()
-            if isinstance(top, str | bytes):
-                self.charge(times * text_bytes(top))
+            if isinstance(top, str):
+                self.charge(times * (len(top) if top.isascii() else 4 * len(top)))
             elif isinstance(top, dict):
                 self.charge(times * 2 * ITEM * len(top))
                 stack.extend(top)

@@ -35,7 +35,7 @@ class ChargedCode(CodeGenerator):
         for comparison in node.find_all(nodes.Compare):
             _count_comparison(comparison)
         for item in node.find_all(nodes.Getitem):
-            if not isinstance(item.arg, nodes.Const | nodes.Slice):
+            if not isinstance(item.arg, nodes.Const | nodes.Slice | nodes.Neg):
                 item.arg = _through(COMPARED, item.arg)
         super().visit_Template(node, frame)
 
@@ -46,7 +46,7 @@ class ChargedCode(CodeGenerator):
         self.fail("autoescape is not run", node.lineno)
 
     def _output_child_pre(self, node: nodes.Expr, frame: Frame, finalize: Any) -> None:
-        self.write("environment.written(")
+        self.write("(" if _is_text(node) else "environment.written(")
 
     @optimizeconst
     def visit_Add(self, node: nodes.BinExpr, frame: Frame) -> None:
@@ -111,7 +111,7 @@ class ChargedCode(CodeGenerator):
         self.write(")")
 
 
-def _through(name: str, value: nodes.Expr) -> nodes.Filter:
+def _through(name: str, value: Any) -> nodes.Filter:
     return nodes.Filter(value, name, [], [], None, None, lineno=value.lineno, environment=value.environment)
 
 
@@ -119,17 +119,29 @@ def _count_comparison(node: nodes.Compare) -> None:
     """Both sides are counted, but where one is a constant that ends the comparison soon."""
     sides = [node.expr, *(operand.expr for operand in node.ops)]
     kinds = {operand.op for operand in node.ops}
+    last = sides[-1]
     if not kinds & {"in", "notin"}:
-        if any(map(_is_short, sides)):
-            return
-    elif len(sides) == 2 and isinstance(sides[1], nodes.List | nodes.Tuple):
-        if all(map(_is_short, sides[1].items)):
-            return
+        ends_soon = any(map(_is_short, sides))
+    else:
+        ends_soon = (
+            len(sides) == 2 and isinstance(last, nodes.List | nodes.Tuple) and all(map(_is_short, last.items))
+        )
+    if ends_soon:
+        return
     if not _is_short(node.expr):
         node.expr = _through(COMPARED, node.expr)
     for operand in node.ops:
         if not _is_short(operand.expr):
             operand.expr = _through(COMPARED, operand.expr)
+
+
+def _is_text(node: nodes.Node) -> bool:
+    """Whether it is a text for certain: what is added to a text is one."""
+    while isinstance(node, nodes.Add):
+        if _is_text(node.right):
+            return True
+        node = node.left
+    return isinstance(node, nodes.Concat) or (isinstance(node, nodes.Const) and isinstance(node.value, str))
 
 
 def _is_short(node: nodes.Node) -> bool:

@@ -18,7 +18,21 @@ LIST_RATE = 32  # times the size of a collection that the filters of collections
 MAX_ATTRIBUTE = (100, 8)  # characters and dots of an attribute's name
 # Filters that look at the ends alone, or are charged by what they give; those that write what they are given as text;
 # and those that go through a collection.
-PLAIN_FILTERS = ("default", "d", "length", "count", "first", "last", "abs", "attr", "int", "float", "round", "tojson", "join")
+PLAIN_FILTERS = (
+    "default",
+    "d",
+    "length",
+    "count",
+    "first",
+    "last",
+    "abs",
+    "attr",
+    "int",
+    "float",
+    "round",
+    "tojson",
+    "join",
+)
 TEXT_FILTERS = (
     *("trim", "lower", "upper", "capitalize", "string", "escape", "e", "safe", "truncate", "forceescape"),
     *("replace", "indent", "center", "format", "title", "wordcount"),

@@ -12,15 +12,60 @@ from jinja2.exceptions import SecurityError
 from myna.data.sandbox_account import ITEM, WRITTEN, Account, text_bytes
 
 MAX_WIDTH = 10_000  # characters that something may be padded to
-MAX_SOUGHT = 256  # characters of what is stripped, or sought from behind: each is compared with each of the text
+MAX_SOUGHT = (
+    256  # characters of what is stripped, or sought from behind: each is compared with each of the text
+)
 
 # What is missing here makes no text, or can't be bounded.
 TEXT_METHODS = frozenset(
-    ["capitalize", "casefold", "center", "count", "endswith", "find", "format", "format_map", "index", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "islower", "isnumeric", "isspace", "istitle", "isupper", "join", "ljust", "lower", "lstrip", "partition", "removeprefix", "removesuffix", "replace", "rfind", "rindex", "rjust", "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "swapcase", "title", "upper", "zfill"]
+    [
+        "capitalize",
+        "casefold",
+        "center",
+        "count",
+        "endswith",
+        "find",
+        "format",
+        "format_map",
+        "index",
+        "isalnum",
+        "isalpha",
+        "isascii",
+        "isdecimal",
+        "isdigit",
+        "islower",
+        "isnumeric",
+        "isspace",
+        "istitle",
+        "isupper",
+        "join",
+        "ljust",
+        "lower",
+        "lstrip",
+        "partition",
+        "removeprefix",
+        "removesuffix",
+        "replace",
+        "rfind",
+        "rindex",
+        "rjust",
+        "rpartition",
+        "rsplit",
+        "rstrip",
+        "split",
+        "splitlines",
+        "startswith",
+        "strip",
+        "swapcase",
+        "title",
+        "upper",
+        "zfill",
+    ]
 )
 PADS = frozenset({"center", "ljust", "rjust", "zfill"})
 CUTS = frozenset({"split", "rsplit", "splitlines"})
 SLOW_SEARCHES = frozenset({"strip", "lstrip", "rstrip", "rfind", "rindex", "rsplit", "rpartition"})
+CHECKED = PADS | CUTS | SLOW_SEARCHES | {"replace", "join"}
 CONVERSION = re.compile(r"%(?:\([^()%]*\))?([#0\- +.*0-9]*)(.?)", re.DOTALL)
 
 
@@ -43,10 +88,15 @@ def check_spec(spec: str) -> None:
         raise SecurityError("it formats with a width that is too long or not written out")
 
 
-def charge_method(account: Account, text: str, method: str, args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+def charge_method(
+    account: Account, text: str, method: str, args: tuple[Any, ...], named: Mapping[str, Any]
+) -> Any:
     """Charges a method of text by what it will make. An iterable is read for that, so `args` come back with a list."""
-    account.charge(text_bytes(text))
-    account.compared(text)
+    account.charge(len(text) if text.isascii() else 4 * len(text))
+    if len(text) > MAX_SOUGHT:
+        account.compared(text)
+    if method not in CHECKED:
+        return args
     if method in SLOW_SEARCHES:
         for sought in (*args, *named.values()):
             check_sought(sought)

@@ -15,9 +15,11 @@ from myna.backends.llama_cpp import LlamaCppBackend
 from myna.data.conversation import Conversation
 from myna.data.render import ChatTokenizer, load_chat_tokenizer, render_prompt
 from myna.engine.memory import forget_models
+from myna.errors import RecipeError
 from myna.evaluate.answers import answer_rows, answer_tokens, result_of
 from myna.evaluate.report import write_report
 from myna.export.card import model_card
+from myna.model.sources import known_sha256
 from myna.recipe import Recipe
 from myna.run import Run, file_sha256, lock_run, read_json, run_files, write_json, write_text
 from myna.show import Show
@@ -115,6 +117,13 @@ def _candidates(
         if not (run.path / entry["path"]).is_file():
             show.say(f"{file_type} is gone and left out; `myna export {run.path}` writes it again")
             continue
+        if known_sha256(run.path / entry["path"]) != entry["sha256"]:
+            raise RecipeError(
+                f"{entry['path']} is not the file that was exported",
+                where=str(run.path),
+                help=f"delete it; `myna export {run.path} --quantize {file_type}` writes it again",
+                code="changed",
+            )
         opened = partial(_file_backend, run.path / entry["path"], context)
         yield Candidate(file_type, entry["sha256"], entry["bytes"], opened)
 

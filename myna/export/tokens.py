@@ -19,10 +19,14 @@ def read_tokens(
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Texts and types by id; rows of the embeddings without a token get a placeholder of type unused.
 
+    Added tokens beyond the embeddings are left out: a model cannot be given them (`ChatTokenizer.encode` refuses).
     ModelError for more tokens than embeddings, and for a text that would stand at two ids or an id with two texts.
     """
     by_id = _vocab_by_id(tokenizer["model"]["vocab"], where)
     for added in tokenizer.get("added_tokens", ()):
+        if added["id"] >= vocab_size:
+            by_id.pop(added["id"], None)
+            continue
         by_id[added["id"]] = (added["content"], CONTROL if added.get("special") else USER_DEFINED)
     if max(by_id, default=-1) >= vocab_size:
         raise ModelError(

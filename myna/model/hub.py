@@ -97,6 +97,7 @@ def fetch_repository(spec: str, say: Say, *, adapters_only: bool = False) -> Hub
         refusal = _refusal(error, spec, revision)
         if cached is None or not isinstance(refusal, MachineError):
             raise refusal from None
+        _require_adapter(adapters_only, (cached.folder / ADAPTER_CONFIG).is_file(), spec)
         say(f"{refusal.message}: {repository} is taken from the cache as it was at {cached.commit[:12]}")
         return cached
     _require_adapter(adapters_only, ADAPTER_CONFIG in sizes, spec)

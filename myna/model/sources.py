@@ -43,7 +43,11 @@ class BaseFiles:
     def as_json(self) -> dict[str, str]:
         """As run.json keeps it."""
         known = {"commit": self.commit, "config_sha256": self.config_sha256}
-        return {"name": self.name, "sha256": self.sha256, **{key: text for key, text in known.items() if text}}
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            **{key: text for key, text in known.items() if text},
+        }
 
     def differs_from(self, recorded: Mapping[str, str]) -> str | None:
         """What is other than run.json has it, or None. Runs made before the config's digest was kept have none."""
@@ -225,7 +229,10 @@ def _dequantize(gguf_path: Path, folder: Path, say: Say) -> None:
     say(f"unpacking {gguf_path.name} to float32 beside it (once)")
     with new_directory(folder) as temporary:
         dequantize_gguf(gguf_path, temporary)
-        lines = [f"{file_sha256(file)}  {file.relative_to(temporary)}\n" for file in folder_files(temporary)]
+        lines = [
+            f"{file_sha256(file)}  {file.relative_to(temporary).as_posix()}\n"
+            for file in folder_files(temporary)
+        ]
         (temporary / DIGESTS).write_text("".join(lines), encoding="utf-8")
 
 
@@ -253,7 +260,7 @@ def _unpacked_fault(folder: Path) -> str | None:
         return "was made before digests were kept"
     lines = listed.read_text(encoding="utf-8", errors="replace").splitlines()
     digests = {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
-    there = {str(file.relative_to(folder)): file for file in folder_files(folder) if file != listed}
+    there = {file.relative_to(folder).as_posix(): file for file in folder_files(folder) if file != listed}
     for name in sorted(digests.keys() | there.keys()):
         if name not in there or known_sha256(there[name]) != digests.get(name):
             return f"has changed since it was unpacked ({name})"

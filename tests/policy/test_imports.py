@@ -20,6 +20,7 @@ DIRECTION = (
     "plan",
     "stored",
     "prepare",
+    "given_rows",
     "adopt",
     "preview",
     "train",
