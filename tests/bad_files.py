@@ -305,16 +305,21 @@ SAFETENSORS: Mapping[str, Bad] = {
     "safetensors-infinite": Bad("not finite", changed(lambda folder: poisoned(folder, float("inf")))),
     "index-path-up": Bad(
         "no file of its folder",
-        changed(lambda f: sharded(f, {"weight_map": {"a": "../outside.safetensors"}})),
+        changed(lambda f: sharded(f, {"metadata": {}, "weight_map": {"a": "../outside.safetensors"}})),
     ),
     "index-path-absolute": Bad(
-        "no file of its folder", changed(lambda f: sharded(f, {"weight_map": {"a": "/etc/passwd"}}))
+        "no file of its folder",
+        changed(lambda f: sharded(f, {"metadata": {}, "weight_map": {"a": "/etc/passwd"}})),
     ),
     "index-missing-shard": Bad(
-        "which is missing", changed(lambda f: sharded(f, {"weight_map": {"a": "model-9.safetensors"}}))
+        "which is missing",
+        changed(lambda f: sharded(f, {"metadata": {}, "weight_map": {"a": "model-9.safetensors"}})),
     ),
     "index-tensor-elsewhere": Bad(
-        "no shard", changed(lambda f: sharded(f, {"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
+        "no shard",
+        changed(
+            lambda f: sharded(f, {"metadata": {}, "weight_map": {"a": "model-00001-of-00001.safetensors"}})
+        ),
     ),
     "index-no-map": Bad("no weight_map", changed(lambda f: sharded(f, {"weight_map": 3}))),
     "link-out-of-the-folder": Bad("link out of its folder", changed(linked_out)),

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 
+from myna.adapters.files import save_adapter
 from myna.errors import MachineError, ModelError
 from myna.export.gguf import write_gguf
 from myna.model import sources
@@ -218,3 +219,16 @@ def test_a_broken_folder_on_this_disk_is_not_gone(tiny_base: Path, tmp_path: Pat
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ModelError):
         base_on_disk(str(tmp_path / "base"))
+
+
+def test_an_adapter_that_was_moved_finds_its_packaged_base(packaged: PackagedBase, tmp_path: Path) -> None:
+    """Its config names the unpacked folder; what it was trained on is known by the digest of the packaged file."""
+    from myna.adapters.its_base import adapter_base
+    from myna.adapters.methods import add_adapter
+    from myna.recipe import AdapterSettings
+
+    base = resolve_base("tiny")
+    model = add_adapter(load_base(base.folder, "fp32"), AdapterSettings(), seed=0, base_name=str(base.folder))
+    save_adapter(model, tmp_path / "moved", base_sha256=base.sha256)
+    spec, found = adapter_base(tmp_path / "moved", None, lambda _: None)
+    assert (spec, found.sha256) == ("tiny", packaged.gguf_sha256)

@@ -122,7 +122,11 @@ def test_a_failed_file_leaves_the_good_one_and_its_record(
     monkeypatch.setitem(BOUNDS, "Q6_K", honest)
     export_stage(run, ["Q6_K"], direct=True)
     parity = read_json(run.parity_path)
-    assert set(parity["files"]) >= {"F16", "Q6_K"} and "Q6_K" not in parity["failed"] and parity["verdict"] == "pass"
+    assert (
+        set(parity["files"]) >= {"F16", "Q6_K"}
+        and "Q6_K" not in parity["failed"]
+        and parity["verdict"] == "pass"
+    )
     assert not (run.gguf_dir / "run-Q6_K.failed.gguf").exists()
     assert outcome(run)["parity"]["verdict"] == "pass"  # nothing was merged, and nothing had to be
 

@@ -108,7 +108,7 @@ def test_generation_tags_change_nothing_but_are_read() -> None:
 def test_a_base_without_a_template_gets_the_plain_one(tmp_path: Path) -> None:
     tiny.write_tokenizer(tmp_path, template=None)
     tokenizer = load_chat_tokenizer(tmp_path)
-    assert tokenizer.template_text == PLAIN_TEMPLATE
+    assert tokenizer.template_text == "{{ bos_token }}" + PLAIN_TEMPLATE
     assert not tokenizer.has_own_template
     _, trained = shown(tokenizer, talk("q", "x", system="s"))
     assert trained == ["x", "<|im_end|>"]

@@ -215,7 +215,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(recipe: Recipe, tmp_path: Path) 
 
     broken = tiny.write_base(tmp_path / "broken")
     tensors = load_file(broken / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"] *= torch.finfo(torch.float32).max / 4  # finite, until it is used
+    tensors["model.layers.1.mlp.up_proj.weight"] *= (
+        torch.finfo(torch.float32).max / 4
+    )  # finite, until it is used
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckFailed, match="loss of step 1 is nan") as caught:
         train_stage(changed(recipe, "model", base=str(broken)))

@@ -8,7 +8,7 @@ from pathlib import Path
 from myna.adapters.files import CONFIG, read_adapter_config, trained_on
 from myna.errors import ModelError
 from myna.model.hub import PREFIX, cached_repository
-from myna.model.sources import PACKAGED, BaseFiles, Say, model_folder, resolve_base
+from myna.model.sources import PACKAGED, BaseFiles, Say, model_folder, packaged_name, resolve_base
 
 
 def adapter_base(folder: Path, base: str | None, say: Say) -> tuple[str, BaseFiles]:
@@ -48,6 +48,9 @@ def _recorded(folder: Path, say: Say) -> tuple[str, BaseFiles]:
             help="--base SPEC: a packaged name, a folder, a .gguf file or hf:org/name",
         )
     for path in (folder / name, Path(name).expanduser()):
+        packaged = packaged_name(path)
+        if packaged:  # unpacked in the cache: known by the digest of the file that it came from
+            return packaged, resolve_base(packaged, say)
         if (path / "config.json").is_file() or (path.suffix == ".gguf" and path.is_file()):
             return str(path.resolve()), resolve_base(str(path), say)
     if name in PACKAGED:

@@ -210,7 +210,12 @@ def how_to_chat(files: RunFiles) -> Html:
     """Lines to paste; the run chats before any export too."""
     types = [name for name in (files.evaluation or {}).get("results", {}) if name not in ("base", "tuned")]
     types += [name for name in (files.parity or {}).get("files", {}) if name not in types]
-    paths = [files.run.path, *(files.run.gguf_path(name) for name in types)]
+    exported = (files.info or {}).get("stages", {}).get("export", {}).get("files", {})
+    # a run that was copied keeps the names its files were given
+    named = [
+        exported.get(t, {}).get("path") or files.run.gguf_path(t).relative_to(files.run.path) for t in types
+    ]
+    paths = [files.run.path, *(files.run.path / path for path in named)]
     lines = [
         f"myna chat {shlex.quote(str(path))}" for path in paths if path == files.run.path or path.exists()
     ]

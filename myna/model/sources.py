@@ -117,6 +117,12 @@ def packaged_gguf_path(name: str) -> Path:
     return cache_dir() / "bases" / name / Path(PACKAGED[name].member).name
 
 
+def packaged_name(folder: Path) -> str | None:
+    """The packaged model that a folder of the cache holds, unpacked; None where it is no such folder."""
+    names = (name for name in PACKAGED if packaged_gguf_path(name).parent / "hf" == folder)
+    return next(names, None)
+
+
 def _packaged(name: str, packaged: PackagedBase, say: Say) -> BaseFiles:
     gguf_path = packaged_gguf_path(name)
     folder = gguf_path.parent / "hf"
