@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import pytest
 # before torch is loaded by any test: two processes that spin at barriers make each other crawl
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parent))
+# a shell's background jobs start with Ctrl-C ignored; some tests press it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import tiny
 
