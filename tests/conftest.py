@@ -15,12 +15,15 @@ import pytest
 # before torch is loaded by any test: two processes that spin at barriers make each other crawl
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parent))
-# a shell's background jobs start with Ctrl-C ignored; some tests press it
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import tiny
 
 Command = Callable[..., "Done"]
+
+
+def pytest_configure() -> None:
+    """A shell's background jobs start with Ctrl-C ignored; some tests press it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
