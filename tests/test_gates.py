@@ -13,10 +13,12 @@ import pytest
 import tiny
 from gguf.quants import dequantize
 
+from myna.backends.llama_cpp import LlamaCppBackend
 from myna.data.render import load_chat_tokenizer
 from myna.export import gguf as gguf_module
 from myna.export.blocks import BLOCK_BOUNDS, block_errors
 from myna.export.conversations import fitting, gate_conversations
+from myna.export.gates import ordinary_tokens
 from myna.export.gguf import write_gguf
 from myna.export.parity import BOUNDS
 from myna.export.prove import FileProof, Origin, Questions, prove_files, questions
@@ -205,6 +207,18 @@ def test_a_planted_fault_is_caught(
     shutil.copyfile(honest, path)
     plant(path)
     assert failing(proven(base, path, asked)) == caught_by
+
+
+def test_an_end_that_is_a_word_is_caught(
+    base: Path, asked: Questions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second end token that answers are made of: by what the file says, and by what llama.cpp does."""
+    word = ordinary_tokens(asked.conversations, asked.tokenizer)[0]
+    keys = {"tokenizer.ggml.eot_token_id": word}
+    write_gguf(base, base, tmp_path / "m.gguf", "Q8_0", name="tiny", keys=keys)
+    assert failing(proven(base, tmp_path / "m.gguf", asked)) == {"stop"}
+    monkeypatch.setattr(LlamaCppBackend, "end_ids", lambda self: frozenset())
+    assert failing(proven(base, tmp_path / "m.gguf", asked)) == {"stop"}
 
 
 def test_rope_halves_left_as_they_are_are_caught(

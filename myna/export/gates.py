@@ -128,7 +128,7 @@ def stop_gate(server: Server, tokenizer: ChatTokenizer, conversations: Sequence[
         return Gate(
             "stop", False, f"the file ends answers at {name} ({token_id}), which is a token like any other"
         )
-    for token_id in _ordinary(conversations, tokenizer):
+    for token_id in ordinary_tokens(conversations, tokenizer):
         if server.says_one_token(prompt, token_id, STOP_BIAS)[1] == "eos":
             name = tokenizer.tokenizer.id_to_token(token_id)
             return Gate(
@@ -137,7 +137,7 @@ def stop_gate(server: Server, tokenizer: ChatTokenizer, conversations: Sequence[
     return Gate("stop", True, f"{len(tokenizer.stop_ids)} stop tokens end an answer, others do not")
 
 
-def _ordinary(conversations: Sequence[Conversation], tokenizer: ChatTokenizer) -> list[int]:
+def ordinary_tokens(conversations: Sequence[Conversation], tokenizer: ChatTokenizer) -> list[int]:
     """A few tokens that answers are made of."""
     ids = [i for c in conversations for i in tokenizer.encode(c.answer())]
     kept = [i for i in dict.fromkeys(ids) if i not in tokenizer.special_ids | tokenizer.stop_ids]
