@@ -63,7 +63,7 @@ def export(
     """merged/ → GGUF files, each proven to be the model before it gets its name."""
     from myna.adopt import adopted
     from myna.export.adapter_stage import adapter_stage
-    from myna.export.stage import export_stage, merge_stage
+    from myna.export.stage import export_stage, merge_stage, require_types
     from myna.run import read_json
     from myna.stored import is_whole, stored_recipe
 
@@ -75,10 +75,13 @@ def export(
             if adapter:
                 paths["adapter"] = str(run.path / adapter_stage(run, show=show)["path"])
             if quantize or not adapter:
-                wanted = quantize.upper().split(",") if quantize else stored_recipe(run).export.quantize
+                recipe = stored_recipe(run)
+                named = quantize.upper().split(",") if quantize else recipe.export.quantize
+                wanted = [part.strip() for part in named]
+                require_types(wanted, importance=recipe.export.importance)  # said before anything is merged
                 if not (is_whole(run) or direct):
                     merge_stage(run, show=show)
-                files = export_stage(run, [part.strip() for part in wanted], show=show, direct=direct)
+                files = export_stage(run, wanted, show=show, direct=direct)
                 paths |= {file_type: str(run.path / entry["path"]) for file_type, entry in files.items()}
             return {"run": str(run.path), "files": paths, "parity": read_json(run.parity_path)}
 

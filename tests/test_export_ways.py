@@ -136,6 +136,11 @@ def test_a_type_that_needs_importance_is_refused_before_anything(
 ) -> None:
     done = myna("export", str(trained), "--quantize", "Q8_0,Q2_K_S")
     assert done.returncode == 2 and "needs an importance matrix" in done.stderr
+    assert (
+        "merge" not in done.stderr
+    )  # minutes, for a large model, before a word that could have been said at once
+    unknown = myna("export", str(trained), "--quantize", "Q4_X")
+    assert unknown.returncode == 2 and "merge" not in unknown.stderr
     rows = tiny.write_rows(tmp_path / "r.jsonl", tiny.rows(9))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(tiny.recipe_text(tmp_path / "nowhere", rows, export={"quantize": ["Q2_K_S"]}))
