@@ -24,7 +24,7 @@ from myna.checkpoint import collect_state, load_newest, restore_state, save_chec
 from myna.data.packing import collate, num_steps_an_epoch, plan_packs
 from myna.engine.memory import give_back_memory, peak_memory_mb
 from myna.engine.optim import lr_at, make_optimizer
-from myna.engine.step import attention_for, pack_loss, prepare_model
+from myna.engine.step import make_stepper
 from myna.errors import CheckFailed, Interrupted, MachineError
 from myna.model.load import load_base
 from myna.model.sources import Say
@@ -71,12 +71,10 @@ def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) ->
     found = load_newest(run.checkpoints_dir)
     for sentence in found.said:
         say(sentence)
-    model = load_base(
-        prepared.base.folder, plan.dtype, attention=attention_for(plan.path), device=plan.device
-    )
+    model = load_base(prepared.base.folder, plan.dtype, device=plan.device)
     model = add_adapter(model, recipe.adapter, seed=settings.seed, base_name=str(prepared.base.folder))
-    prepare_model(model, plan.path)
     parameters = trainable_parameters(model)
+    stepper = make_stepper(model, plan.path)
     optimizer = make_optimizer(parameters.values(), settings)
     # adapter, its gradient's two moments, for every checkpoint kept and the one being written
     num_bytes = sum(p.numel() * 4 for p in parameters.values())
@@ -85,6 +83,7 @@ def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) ->
     if found.state is not None:
         restore_state(found.state, parameters, optimizer)
         first = found.state.step + 1
+        stepper.refresh()
         say(f"going on after step {found.state.step}")
     cut_metrics(run.metrics_path, first - 1)
     lengths = [len(example.input_ids_T) for example in prepared.examples]
@@ -102,13 +101,13 @@ def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) ->
             )
         started = time.perf_counter()
         batches = [
-            collate([prepared.examples[r] for r in pack]) for pack in packs[(step - 1) % steps_an_epoch]
+            collate([prepared.examples[r] for r in pack], share=plan.path == "fast") for pack in packs[(step - 1) % steps_an_epoch]
         ]
         num_targets = sum(len(batch.targets_N) for batch in batches)
         rate = lr_at(step, plan.num_steps, settings)
         loss_sum = 0.0
         for batch in batches:
-            loss = pack_loss(model, batch, plan.path) / num_targets
+            loss = stepper.loss(batch) / num_targets
             loss.backward()
             loss_sum += loss.detach().item()
         limit = settings.max_grad_norm or math.inf
@@ -124,6 +123,7 @@ def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) ->
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
+        stepper.refresh()
         signal_number = stop_asked()
         seconds = time.perf_counter() - started
         give_back_memory()

@@ -1,18 +1,21 @@
 """Examples → batches: which rows make a step, which lie side by side in a pack, and the first tensors.
 
-Shapes: T tokens of a pack · D documents of a pack · N target tokens of a pack.
+Shapes: T tokens of a pack · N target tokens of a pack.
 
-    documents      [a a a a] [b b] [c c c]
-    input_ids_T     a a a a   b b   c c c        one row of tokens, no padding
-    position_ids_T  0 1 2 3   0 1   0 1 2        positions restart
-    starts_D        0         4     6            attention stays inside [start, start + length)
+    rows            a b c d e     a b f g     h i
+    segments        [a b] [c d e] [f g] [h i]             a shared beginning lies in the pack once
+    documents       (0, 1) (0, 2) (3,)                    each row as its segments
+    position_ids_T   0 1   2 3 4   2 3   0 1              positions go on where the parent ends
     targets_N       the labels moved one to the left inside each document; target_index_N says where
+
+A pack without shared beginnings has one segment a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -22,17 +25,38 @@ from myna.data.render import IGNORE, Example
 Pack = tuple[int, ...]
 Step = tuple[Pack, ...]
 
+MIN_SHARED = 4  # tokens; a shorter common beginning saves less than another segment costs
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens [start, start + length) of a pack, standing after those of segment `parent` (-1: at a row's beginning)."""
+
+    start: int
+    length: int
+    parent: int = -1
+
 
 @dataclass(frozen=True)
 class Batch:
-    """One pack as tensors. `hidden_T[target_index_N]` predicts `targets_N`."""
+    """One pack as tensors. `hidden_T[target_index_N]` predicts `targets_N`. A parent stands before its children."""
 
     input_ids_T: torch.Tensor
     position_ids_T: torch.Tensor
     target_index_N: torch.Tensor
     targets_N: torch.Tensor
-    starts: tuple[int, ...]
-    lengths: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    documents: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each row, shared ones counted in each."""
+        return tuple(sum(self.segments[s].length for s in path) for path in self.documents)
+
+    def tokens_of(self, document: int) -> torch.Tensor:
+        """Where the tokens of a row stand in the pack, in the row's order."""
+        path = (self.segments[s] for s in self.documents[document])
+        return torch.cat([torch.arange(s.start, s.start + s.length) for s in path])
 
 
 def num_steps_an_epoch(num_rows: int, batch_size: int) -> int:
@@ -71,18 +95,76 @@ def _fill_packs(rows: Sequence[int], lengths: Sequence[int], pack_tokens: int) -
     return tuple(tuple(pack) for pack in packs)
 
 
-def collate(examples: Sequence[Example]) -> Batch:
-    """Lays examples side by side in one row of tokens."""
-    lengths = tuple(len(example.input_ids_T) for example in examples)
-    starts = tuple(int(s) for s in np.cumsum((0, *lengths[:-1])))
-    next_labels = [np.append(example.labels_T[1:], IGNORE) for example in examples]
-    labels_T = torch.from_numpy(np.concatenate(next_labels))
-    target_index_N = (labels_T != IGNORE).nonzero()[:, 0]
+def collate(examples: Sequence[Example], *, share: bool = False) -> Batch:
+    """Lays examples side by side in one row of tokens; with `share`, beginnings that several have in common once."""
+    ids = [np.asarray(example.input_ids_T) for example in examples]
+    segments, documents = _tree(ids) if share else _flat(ids)
+    place = [np.concatenate([_span(segments[s]) for s in path]) for path in documents]
+    num_tokens = segments[-1].start + segments[-1].length
+    input_ids, positions = np.empty(num_tokens, np.int64), np.empty(num_tokens, np.int64)
+    index, targets = [], []
+    for example, tokens in zip(examples, place, strict=True):
+        input_ids[tokens] = example.input_ids_T
+        positions[tokens] = np.arange(len(tokens))
+        labels = example.labels_T[1:]
+        trained = labels != IGNORE
+        index.append(tokens[:-1][trained])
+        targets.append(labels[trained])
     return Batch(
-        input_ids_T=torch.from_numpy(np.concatenate([example.input_ids_T for example in examples])),
-        position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
-        target_index_N=target_index_N,
-        targets_N=labels_T[target_index_N],
-        starts=starts,
-        lengths=lengths,
+        input_ids_T=torch.from_numpy(input_ids),
+        position_ids_T=torch.from_numpy(positions),
+        target_index_N=torch.from_numpy(np.concatenate(index)),
+        targets_N=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+        segments=tuple(segments),
+        documents=tuple(documents),
     )
+
+
+def _span(segment: Segment) -> np.ndarray:
+    return np.arange(segment.start, segment.start + segment.length)
+
+
+def _flat(ids: Sequence[np.ndarray]) -> tuple[list[Segment], list[tuple[int, ...]]]:
+    starts = np.cumsum([0, *(len(row) for row in ids[:-1])])
+    segments = [Segment(int(start), len(row)) for start, row in zip(starts, ids, strict=True)]
+    return segments, [(number,) for number in range(len(ids))]
+
+
+def _tree(ids: Sequence[np.ndarray]) -> tuple[list[Segment], list[tuple[int, ...]]]:
+    """The rows as a tree of their common beginnings (a radix tree): segments parents first, and each row's path.
+
+    A row's last token always stands in a segment of its own or of rows equal to it, never inside a longer one's.
+    """
+    order = sorted(range(len(ids)), key=lambda row: ids[row].tolist())
+    common = [_common(ids[a], ids[b]) for a, b in zip(order, order[1:], strict=False)]
+    segments: list[Segment] = []
+    paths: dict[int, tuple[int, ...]] = {}
+
+    def lay(first: int, last: int, depth: int, path: tuple[int, ...]) -> None:
+        """Lays the rows order[first:last], which have their first `depth` tokens, those of `path`, in common."""
+        start = first
+        while start < last:
+            end = start + 1
+            while end < last and common[end - 1] >= depth + MIN_SHARED:
+                end += 1
+            shared = min((common[k] for k in range(start, end - 1)), default=len(ids[order[start]]))
+            number = len(segments)
+            begins = segments[-1].start + segments[-1].length if segments else 0
+            segments.append(Segment(begins, shared - depth, path[-1] if path else -1))
+            below = (*path, number)
+            ends_here = [k for k in range(start, end) if len(ids[order[k]]) == shared]
+            for k in ends_here:  # sorted: they come first
+                paths[order[k]] = below
+            if start + len(ends_here) < end:
+                lay(start + len(ends_here), end, shared, below)
+            start = end
+
+    lay(0, len(order), 0, ())
+    return segments, [paths[row] for row in range(len(ids))]
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two rows begin with alike."""
+    length = min(len(a), len(b))
+    different = np.flatnonzero(a[:length] != b[:length])
+    return int(different[0]) if len(different) else length

@@ -1,73 +1,100 @@
-"""One LoRA linear: y = x Wᵀ + s (x Aᵀ) Bᵀ, with a backward that never asks for the frozen weight's gradient.
+"""LoRA linears that read one input, as one product forward and one back.
 
-Shapes: T tokens · i in · o out · r rank. Hu et al. 2021, "LoRA", section 4.1; s = alpha / r.
-The modules, their names and their weights are peft's; only the forward of each is replaced.
+Shapes: T tokens · K in · N out · R ranks of the group together. Hu et al. 2021, "LoRA", section 4.1: y = x Wᵀ + s (x Aᵀ) Bᵀ
+with s = alpha / r. The modules, their names and their weights are peft's; here they are only read.
+
+    q, k, v     one group: their weights stacked, h = x [Aq; Ak; Av]ᵀ, the Bs on the diagonal blocks of one b
+    gate, up    another
 """
 
 from __future__ import annotations
 
-from types import MethodType
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+
+from myna.engine.frozen import FrozenWeight
+from myna.engine.kernels import Kernels
 
 ADAPTER_NAME = "default"
+MakeWeight = Callable[[torch.Tensor, torch.Tensor | None, int], FrozenWeight]
 
 
-class _LoraLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_Ti: torch.Tensor,
-        weight_oi: torch.Tensor,
-        bias_o: torch.Tensor | None,
-        a_ri: torch.Tensor,
-        b_or: torch.Tensor,
-        scaling: float,
-    ) -> torch.Tensor:
-        low_a_ri = a_ri.to(x_Ti.dtype)
-        low_b_or = (b_or * scaling).to(x_Ti.dtype)
-        h_Tr = x_Ti @ low_a_ri.T
-        # not in place: bfloat16 addmm_ leaves the fast kernel on CPU
-        y_To = torch.addmm(F.linear(x_Ti, weight_oi, bias_o), h_Tr, low_b_or.T)
-        ctx.save_for_backward(x_Ti, weight_oi, low_a_ri, low_b_or, h_Tr)
-        ctx.scaling = scaling
-        return y_To
+@dataclass(frozen=True)
+class LoraPart:
+    """One adapter of a group: its two parameters, and where its output rows and its ranks lie."""
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_Ti, weight_oi, low_a_ri, low_b_or, h_Tr = ctx.saved_tensors
-        gy_To = grad_outputs[0].contiguous()
-        gh_Tr = gy_To @ low_b_or
-        gx_Ti = None
-        if ctx.needs_input_grad[0]:
-            gx_Ti = torch.addmm(gy_To @ weight_oi, gh_Tr, low_a_ri)
-        exact = torch.float64 if x_Ti.dtype == torch.float64 else torch.float32
-        ga_ri = (gh_Tr.T @ x_Ti).to(exact)
-        gb_or = (gy_To.T @ h_Tr).to(exact) * ctx.scaling
-        return gx_Ti, None, None, ga_ri, gb_or, None
+    a: torch.nn.Parameter  # [r, K]
+    b: torch.nn.Parameter  # [n, r]
+    scaling: float
+    rows: slice
+    ranks: slice
 
 
-def _forward(self: Any, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    base = self.base_layer
-    flat = _LoraLinear.apply(
-        x.reshape(-1, x.shape[-1]),
-        base.weight,
-        base.bias,
-        self.lora_A[ADAPTER_NAME].weight,
-        self.lora_B[ADAPTER_NAME].weight,
-        self.scaling[ADAPTER_NAME],
+class LoraGroup:
+    """Linear layers with one input. Gradients come back in the order of `parameters`."""
+
+    def __init__(self, modules: Sequence[Any], make_weight: MakeWeight) -> None:
+        bases = [getattr(module, "base_layer", module) for module in modules]
+        parts, row, rank = [], 0, 0
+        for module, base in zip(modules, bases, strict=True):
+            num_rows = base.weight.shape[0]
+            if base is not module:
+                a, b = module.lora_A[ADAPTER_NAME].weight, module.lora_B[ADAPTER_NAME].weight
+                ranks = slice(rank, rank + a.shape[0])
+                parts.append(LoraPart(a, b, module.scaling[ADAPTER_NAME], slice(row, row + num_rows), ranks))
+                rank = ranks.stop
+            row += num_rows
+        self.parts = tuple(parts)
+        self.parameters = tuple(p for part in parts for p in (part.a, part.b))
+        weight = torch.cat([base.weight.detach() for base in bases]) if len(bases) > 1 else bases[0].weight.detach()
+        self.frozen = make_weight(weight, _bias(bases), rank)
+        self._exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Takes the adapter's present values into the products; after every change of them."""
+        for part in self.parts:
+            self.frozen.a_RK[part.ranks] = part.a
+            self.frozen.b_NR[part.rows, part.ranks] = part.b * part.scaling
+
+    def input_buffer(self, like: torch.Tensor) -> torch.Tensor:
+        """[T, K + R] for T rows of `like`; its first K columns are to be filled with x."""
+        return like.new_empty(len(like), self.frozen.num_in + self.frozen.rank)
+
+    def gradient_buffer(self, like: torch.Tensor) -> torch.Tensor:
+        """[T, N + R] for T rows of `like`; its first N columns are to be filled with the incoming gradient."""
+        return like.new_empty(len(like), self.frozen.num_out + self.frozen.rank)
+
+    def forward(self, xh: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+        """[T, N]; fills the last R columns of `xh` with h."""
+        if self.frozen.rank:
+            num_in = self.frozen.num_in
+            torch.mm(xh[:, :num_in], self.frozen.a_RK.T, out=xh[:, num_in:])
+        return self.frozen.product(xh, kernels)
+
+    def backward(
+        self, ggh: torch.Tensor, xh: torch.Tensor, kernels: Kernels, *, needs_input: bool
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """The gradient in x (None where nobody needs it) and in `parameters`; fills the last columns of `ggh`."""
+        num_out, num_in = self.frozen.num_out, self.frozen.num_in
+        gradients = []
+        for part in self.parts:
+            g = ggh[:, part.rows]
+            gh = ggh[:, num_out + part.ranks.start : num_out + part.ranks.stop]
+            torch.mm(g, self.frozen.b_NR[part.rows, part.ranks], out=gh)
+            h = xh[:, num_in + part.ranks.start : num_in + part.ranks.stop]
+            gradients.append((gh.T @ xh[:, :num_in]).to(self._exact))
+            gradients.append((g.T @ h).to(self._exact).mul_(part.scaling))
+        return self.frozen.product_back(ggh, kernels) if needs_input else None, gradients
+
+
+def _bias(bases: Sequence[Any]) -> torch.Tensor | None:
+    if all(base.bias is None for base in bases):
+        return None
+    return torch.cat(
+        [base.weight.new_zeros(base.weight.shape[0]) if base.bias is None else base.bias.detach() for base in bases]
     )
-    assert isinstance(flat, torch.Tensor)
-    return flat.view(*x.shape[:-1], -1)
-
-
-def use_fast_lora(model: torch.nn.Module) -> int:
-    """Replaces the forward of every LoRA linear of a peft model; returns how many there are."""
-    from peft.tuners.lora import Linear
-
-    layers = [module for module in model.modules() if isinstance(module, Linear)]
-    for layer in layers:
-        layer.forward = MethodType(_forward, layer)
-    return len(layers)

@@ -12,39 +12,59 @@ from typing import Any
 
 import torch
 
-CHUNK_TOKENS = 256  # 256 x 49,152 float32 logits are 50 MB
+from myna.engine.kernels import Kernels
+
+CHUNK_BYTES = 25_000_000  # of logits: 256 tokens of a vocabulary of 49,152 in bfloat16
+FEWEST_TOKENS = 16
+
+
+def chunk_tokens(vocabulary: int, itemsize: int) -> int:
+    """Target tokens to project at a time, so that their logits take about CHUNK_BYTES."""
+    return max(FEWEST_TOKENS, CHUNK_BYTES // (vocabulary * itemsize))
 
 
 class _TargetLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_Nd: torch.Tensor, head_Vd: torch.Tensor, targets_N: torch.Tensor, chunk: int
+        ctx: Any,
+        hidden_Nd: torch.Tensor,
+        head_Vd: torch.Tensor,
+        targets_N: torch.Tensor,
+        chunk: int,
+        softcap: float | None,
+        kernels: Kernels,
     ) -> torch.Tensor:
         exact = torch.float64 if hidden_Nd.dtype == torch.float64 else torch.float32
         loss = hidden_Nd.new_zeros((), dtype=exact)
         gradient_Nd = torch.empty_like(hidden_Nd)
         for start in range(0, len(targets_N), chunk):
             rows = slice(start, start + chunk)
-            logits_CV = (hidden_Nd[rows] @ head_Vd.T).to(exact)
-            targets_C = targets_N[rows, None]
-            log_norm_C = logits_CV.logsumexp(-1, keepdim=True)
-            loss += (log_norm_C - logits_CV.gather(1, targets_C)).sum()
-            gradient_CV = logits_CV.sub_(log_norm_C).exp_()
-            gradient_CV.scatter_add_(1, targets_C, gradient_CV.new_full(targets_C.shape, -1.0))
-            gradient_Nd[rows] = gradient_CV.to(hidden_Nd.dtype) @ head_Vd
+            logits_CV = hidden_Nd[rows] @ head_Vd.T
+            loss += kernels.loss_back(logits_CV, targets_N[rows], softcap)
+            torch.mm(logits_CV, head_Vd, out=gradient_Nd[rows])
         ctx.save_for_backward(gradient_Nd)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient_Nd,) = ctx.saved_tensors
-        return gradient_Nd * grad_outputs[0].to(gradient_Nd.dtype), None, None, None
+        return gradient_Nd * grad_outputs[0].to(gradient_Nd.dtype), None, None, None, None, None
 
 
 def target_loss(
-    hidden_Nd: torch.Tensor, head_Vd: torch.Tensor, targets_N: torch.Tensor, chunk: int = CHUNK_TOKENS
+    hidden_Nd: torch.Tensor,
+    head_Vd: torch.Tensor,
+    targets_N: torch.Tensor,
+    kernels: Kernels,
+    *,
+    chunk: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
-    """Sum over target tokens of -log softmax(hidden · headᵀ)[target]; a scalar, float32 (float64 for float64)."""
-    loss = _TargetLoss.apply(hidden_Nd, head_Vd, targets_N, chunk)
+    """Sum over target tokens of -log softmax(hidden · headᵀ)[target]; a scalar, float32 (float64 for float64).
+
+    `softcap` c: the logits are c · tanh(logits / c) (Gemma 2).
+    """
+    chunk = chunk or chunk_tokens(len(head_Vd), head_Vd.element_size())
+    loss = _TargetLoss.apply(hidden_Nd, head_Vd, targets_N, chunk, softcap, kernels)
     assert isinstance(loss, torch.Tensor)
     return loss

@@ -2,68 +2,92 @@
 
 Shapes: T tokens of the pack · D its documents · L the longest · d hidden width · V vocabulary · N target tokens.
 
-fast        one row of tokens [1, T], attention inside documents, the head over the N target tokens only
+fast        one row of tokens [T], attention inside documents, the head over the N target tokens only
 reference   the plain padded forward [D, L] of transformers and peft, full logits: what the fast path must equal
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from myna.adapters.methods import METHODS
-from myna.data.packing import Batch
+from myna.data.packing import Batch, Segment
 from myna.data.render import IGNORE
-from myna.engine.attention import ATTENTION_NAME, plan_layout, register_attention
-from myna.engine.lora import use_fast_lora
-from myna.engine.loss import target_loss
+from myna.engine.decoder import FastDecoder
+from myna.engine.families import FAST
+from myna.engine.kernels import Kernels, TorchKernels
 from myna.recipe import AdapterSettings
 
 PathName = Literal["fast", "reference"]
-
-# transformers' model types whose forward the packed path equals; a contract test runs over them
-FAST_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-
 
 # oneDNN makes and keeps a kernel for every shape it meets, so each new length of a pack would cost time and memory
 ROUND_TOKENS = 64
 
 
-def choose_path(config: Any, adapter: AdapterSettings) -> tuple[PathName, str]:
+class Stepper(Protocol):
+    """A path's way through one pack."""
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Sum of the loss over the pack's target tokens, a scalar with a gradient to the adapter."""
+
+    def refresh(self) -> None:
+        """To be called after the adapter changed."""
+
+
+def choose_path(config: Any, adapter: AdapterSettings, *, packed: bool = True) -> tuple[PathName, str]:
     """Which path a run takes, and why where it is the reference one."""
-    if config.model_type not in FAST_FAMILIES:
+    if not packed:
+        return "reference", "train.packed is false"
+    if config.model_type not in FAST:
         return "reference", f"the family {config.model_type} has no fast path yet"
     if not METHODS[adapter.method].fast:
         return "reference", f"the method {adapter.method} has no fast path yet"
     if adapter.dropout > 0:
         return "reference", "adapter.dropout is above 0"
-    if getattr(config, "attention_dropout", 0.0):
-        return "reference", "the base has attention dropout"
+    if any(getattr(config, name, 0.0) for name in DROPOUTS):
+        return "reference", "the base has dropout of its own"
     return "fast", ""
 
 
-def attention_for(path: PathName) -> str:
-    """The attention implementation a base is loaded with for a path."""
-    if path == "fast":
-        register_attention()
-        return ATTENTION_NAME
-    return "sdpa"
+DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop")
 
 
-def prepare_model(model: Any, path: PathName) -> None:
+def make_stepper(model: Any, path: PathName, *, kernels: Kernels | None = None, quantize: str = "none") -> Stepper:
     """Puts a peft model into training mode on a path."""
     model.train()
-    if path == "fast":
-        num_layers = use_fast_lora(model)
-        assert num_layers > 0, "the fast path found no LoRA layer"
+    if path == "reference":
+        return ReferenceStepper(model)
+    decoder = FastDecoder(model, kernels or TorchKernels(), quantize=quantize)
+    assert any(group.parts for group in decoder.groups()), "the fast path found no LoRA layer"
+    return FastStepper(decoder)
 
 
-def pack_loss(model: Any, batch: Batch, path: PathName) -> torch.Tensor:
-    """Sum of the loss over the pack's target tokens, a scalar with a gradient to the adapter."""
-    return _fast_loss(model, batch) if path == "fast" else _reference_loss(model, batch)
+class FastStepper:
+    """Packs through the engine's own decoder."""
+
+    def __init__(self, decoder: FastDecoder) -> None:
+        self.decoder = decoder
+        self.refresh = decoder.refresh
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        return self.decoder.loss(round_up(batch))
+
+
+class ReferenceStepper:
+    """The plain forward of transformers and peft over padded rows."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        return _reference_loss(self.model, batch)
+
+    def refresh(self) -> None:
+        pass
 
 
 def round_up(batch: Batch, multiple: int = ROUND_TOKENS) -> Batch:
@@ -76,36 +100,24 @@ def round_up(batch: Batch, multiple: int = ROUND_TOKENS) -> Batch:
     return replace(
         batch,
         input_ids_T=torch.cat([batch.input_ids_T, filler]),
-        position_ids_T=torch.cat([batch.position_ids_T, torch.arange(missing)]),
-        starts=(*batch.starts, num_tokens),
-        lengths=(*batch.lengths, missing),
+        # all at position 0: where a rotary embedding depends on the last position, it is the rows'
+        position_ids_T=torch.cat([batch.position_ids_T, filler]),
+        segments=(*batch.segments, Segment(num_tokens, missing)),
+        documents=(*batch.documents, (len(batch.segments),)),
     )
-
-
-def _fast_loss(model: Any, batch: Batch) -> torch.Tensor:
-    batch = round_up(batch)
-    causal_lm = model.get_base_model()
-    head_Vd = causal_lm.get_output_embeddings().weight
-    device = head_Vd.device
-    hidden_1Td = causal_lm.base_model(
-        input_ids=batch.input_ids_T[None].to(device),
-        position_ids=batch.position_ids_T[None].to(device),
-        use_cache=False,
-        pack_layout=plan_layout(batch, device),
-    ).last_hidden_state
-    hidden_Nd = hidden_1Td[0].index_select(0, batch.target_index_N.to(device))
-    return target_loss(hidden_Nd, head_Vd, batch.targets_N.to(device))
 
 
 def _reference_loss(model: Any, batch: Batch) -> torch.Tensor:
     device = next(model.parameters()).device
+    assert all(len(path) == 1 for path in batch.documents), "the reference path takes rows that share nothing"
     num_documents, longest = len(batch.lengths), max(batch.lengths)
     input_ids_DL = torch.zeros(num_documents, longest, dtype=torch.long)
     mask_DL = torch.zeros(num_documents, longest, dtype=torch.long)
     targets_T = torch.full((len(batch.input_ids_T),), IGNORE)
     targets_T[batch.target_index_N] = batch.targets_N
     targets_DL = torch.full((num_documents, longest), IGNORE)
-    for row, (start, length) in enumerate(zip(batch.starts, batch.lengths, strict=True)):
+    for row, segment in enumerate(batch.segments):
+        start, length = segment.start, segment.length
         input_ids_DL[row, :length] = batch.input_ids_T[start : start + length]
         targets_DL[row, :length] = targets_T[start : start + length]
         mask_DL[row, :length] = 1

@@ -42,7 +42,7 @@ def read_config(folder: Path) -> Any:
         raise ModelError(f"its config.json is refused: {first_line(error)}", where=str(folder)) from error
 
 
-def load_base(folder: Path, dtype: str, *, attention: str = "sdpa", device: str = "cpu") -> Any:
+def load_base(folder: Path, dtype: str, *, device: str = "cpu") -> Any:
     """The frozen base model (a transformers causal LM in evaluation mode) from a folder; `dtype` fp32, bf16 or fp16."""
     quiet_libraries()
     from transformers import AutoModelForCausalLM
@@ -51,8 +51,6 @@ def load_base(folder: Path, dtype: str, *, attention: str = "sdpa", device: str 
         model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPES[dtype],
-            # asked for nothing, transformers takes sdpa where the model has it (Gemma 2, which caps scores, has not)
-            attn_implementation=None if attention == "sdpa" else attention,
             local_files_only=True,
             output_loading_info=True,
             use_safetensors=True,

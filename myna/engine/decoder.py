@@ -1,0 +1,172 @@
+"""A model's decoder as the engine runs it: the embedding, the layers' blocks, the last norm. All weights are transformers'.
+
+Shapes: T tokens of the pack · d width · N target tokens · V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from myna.data.packing import Batch
+from myna.engine.blocks import PackTools, run_block
+from myna.engine.families import FAST, DecoderLayer, layer_norm, rms_norm
+from myna.engine.frozen import DenseWeight, FrozenWeight, Int8Weight
+from myna.engine.kernels import Kernels, Norm, Rope
+from myna.engine.layout import plan_layout
+from myna.engine.lora import LoraGroup, MakeWeight
+from myna.engine.loss import target_loss
+
+
+class FastDecoder:
+    """A peft model taken apart for packs. The adapter's parameters stay peft's; the base's weights move in here.
+
+    `checkpoint_layers`: 0 keeps what the backward needs, n keeps every n-th layer's input alone and runs the layers again.
+    """
+
+    def __init__(
+        self, model: Any, kernels: Kernels, *, quantize: str = "none", checkpoint_layers: int = 0
+    ) -> None:
+        causal_lm = model.get_base_model()
+        self.config = causal_lm.config.get_text_config()
+        self.kernels = kernels
+        self.checkpoint_layers = checkpoint_layers
+        self._family = FAST[self.config.model_type]
+        self._base = causal_lm.base_model
+        self._head_Vd = causal_lm.get_output_embeddings().weight
+        self._softcap = getattr(self.config, "final_logit_softcapping", None)
+        self._embedding = getattr(self._base, self._family.embedding)
+        self._final = _norm_of(self.config.model_type, getattr(self._base, self._family.final_norm))
+        make = weight_maker(quantize)
+        self.layers: list[DecoderLayer] = []
+        for index, layer in enumerate(self._base.layers):
+            self.layers.append(self._family.layer(layer, self.config, index, make))
+            _let_go(layer)
+
+    def refresh(self) -> None:
+        """Takes the adapter's present values into the products: after every optimizer step."""
+        for group in self.groups():
+            group.refresh()
+
+    def groups(self) -> Iterator[LoraGroup]:
+        """Every group of linears, in the order of the forward."""
+        for layer in self.layers:
+            yield from (layer.attention.inner, layer.attention.outer, layer.mlp.inner, layer.mlp.outer)
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Sum of the loss over the pack's target tokens, a scalar with a gradient to the adapter."""
+        device = self._head_Vd.device
+        # the last norm is per token, like the head: both see target tokens alone
+        x_Nd = self.hidden(batch).index_select(0, batch.target_index_N.to(device))
+        hidden_Nd = _FinalNorm.apply(x_Nd, self._final, self.kernels)
+        assert isinstance(hidden_Nd, torch.Tensor)
+        return target_loss(hidden_Nd, self._head_Vd, batch.targets_N.to(device), self.kernels, softcap=self._softcap)
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """The residual stream after the last layer: [T, d]."""
+        device = self._head_Vd.device
+        x_Td = self._embedding(batch.input_ids_T[None].to(device))[0]
+        layout = plan_layout(batch, device)
+        ropes = self._ropes(x_Td, batch.position_ids_T.to(device))
+        tools = {name: PackTools(self.kernels, rope, layout) for name, rope in ropes.items()}
+        every = self.checkpoint_layers
+        if not every:
+            x_Td = _run_layers(x_Td, self.layers, tools)
+        for first in range(0, len(self.layers), every) if every else ():
+            x_Td = _Checkpointed.run(x_Td, self.layers[first : first + every], tools)
+        return x_Td
+
+    def _ropes(self, x_Td: torch.Tensor, position_ids_T: torch.Tensor) -> dict[str, Rope]:
+        """The rotary embedding by layer type ("" where the model has one for all), in float32 at least."""
+        exact = x_Td.dtype if x_Td.dtype == torch.float64 else torch.float32
+        like, positions = x_Td.new_empty(1, dtype=exact), position_ids_T[None]
+        names = sorted(set(self.config.layer_types)) if self._family.rope_by_layer_type else [""]
+        found = {}
+        for name in names:
+            cos, sin = self._base.rotary_emb(like, positions, *([name] if name else []))
+            found[name] = Rope(cos[0].contiguous(), sin[0].contiguous())
+        return found
+
+
+def _run_layers(
+    x_Td: torch.Tensor, layers: Sequence[DecoderLayer], tools: dict[str, PackTools]
+) -> torch.Tensor:
+    for layer in layers:
+        own = tools[layer.attention.rope_name]
+        if layer.parallel:
+            attended = run_block(x_Td, layer.attention, own)
+            x_Td = attended + run_block(x_Td, layer.mlp, own, residual=False)
+        else:
+            x_Td = run_block(run_block(x_Td, layer.attention, own), layer.mlp, own)
+    return x_Td
+
+
+class _Checkpointed(torch.autograd.Function):
+    """Layers whose forward is run again in the backward (Chen et al. 2016): between them only their input is kept."""
+
+    @staticmethod
+    def run(x_Td: torch.Tensor, layers: Sequence[DecoderLayer], tools: dict[str, PackTools]) -> torch.Tensor:
+        parts = (part for layer in layers for block in (layer.attention, layer.mlp) for part in (block.inner, block.outer))
+        parameters = [parameter for group in parts for parameter in group.parameters]
+        y_Td = _Checkpointed.apply(x_Td, layers, tools, *parameters)
+        assert isinstance(y_Td, torch.Tensor)
+        return y_Td
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, layers: Sequence[DecoderLayer], tools: dict[str, PackTools], *parameters: Any
+    ) -> torch.Tensor:
+        ctx.x, ctx.layers, ctx.tools, ctx.parameters = x, layers, tools, parameters
+        with torch.no_grad():
+            return _run_layers(x, layers, tools)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        needs_x = ctx.needs_input_grad[0]
+        x = ctx.x.detach().requires_grad_(needs_x)
+        with torch.enable_grad():
+            y = _run_layers(x, ctx.layers, ctx.tools)
+        inputs = ([x] if needs_x else []) + list(ctx.parameters)
+        found = list(torch.autograd.grad(y, inputs, gradients[0]))
+        return found.pop(0) if needs_x else None, None, None, *found
+
+
+class _FinalNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, norm: Norm, kernels: Kernels) -> torch.Tensor:
+        y = torch.empty_like(x)
+        ctx.x, ctx.norm, ctx.kernels = x, norm, kernels
+        ctx.stats = kernels.norm(x, norm, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.kernels.norm_back(gradients[0], ctx.x, ctx.norm, ctx.stats, None), None, None
+
+
+def weight_maker(quantize: str) -> MakeWeight:
+    """How a frozen weight is stored, by the recipe's `model.quantize`."""
+
+    def make(weight_NK: torch.Tensor, bias_N: torch.Tensor | None, rank: int) -> FrozenWeight:
+        if quantize == "int8":
+            return Int8Weight(weight_NK, bias_N, rank, weight_NK.dtype)
+        assert quantize == "none", quantize
+        return DenseWeight(weight_NK, bias_N, rank)
+
+    return make
+
+
+def _norm_of(model_type: str, module: Any) -> Norm:
+    if isinstance(module, torch.nn.LayerNorm):
+        return layer_norm(module)
+    return rms_norm(module, plus_one=model_type.startswith("gemma"))
+
+
+def _let_go(layer: torch.nn.Module) -> None:
+    """Frees a layer's own copy of the weights that moved behind the seam; the adapter and the norms stay."""
+    for module in layer.modules():
+        base = getattr(module, "base_layer", module)
+        if isinstance(base, torch.nn.Linear) and not base.weight.requires_grad:
+            base.weight = torch.nn.Parameter(base.weight.new_empty(0), requires_grad=False)

@@ -1,0 +1,310 @@
+"""The small work between the products: norms, activations, attention, int8 rows. One protocol, here in plain torch.
+
+Shapes: T tokens of the pack · d width · N columns. `out` arguments are views that may have a longer row stride.
+The same functions in C are in `native`; what they compute is what these say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from myna.engine.layout import PackLayout
+
+ActivationName = Literal["silu", "gelu", "gelu_tanh"]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm (Zhang & Sennrich 2019), or LayerNorm where `centred`; the factor is `weight_d`, whatever the family adds to it."""
+
+    weight_d: torch.Tensor
+    bias_d: torch.Tensor | None
+    eps: float
+    centred: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """How one layer attends. Head h of the queries lies at column query_at + h · query_step of the fused product, and so on."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    scale: float
+    query_at: int
+    query_step: int
+    key_at: int
+    value_at: int
+    kv_step: int
+    window: int | None = None
+    softcap: float | None = None
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (Su et al. 2021) of the pack's tokens, in the halves form of transformers: [T, rotary_dim]."""
+
+    cos_TR: torch.Tensor
+    sin_TR: torch.Tensor
+
+
+class Kernels(Protocol):
+    """What the blocks call. Every function is pure but for its `out`."""
+
+    name: str
+
+    def norm(self, x: torch.Tensor, norm: Norm, out: torch.Tensor) -> Any:
+        """Writes the normed x into `out`; returns what `norm_back` needs of it."""
+
+    def norm_back(
+        self, g: torch.Tensor, x: torch.Tensor, norm: Norm, stats: Any, plus: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The gradient in x, plus `plus`."""
+
+    def gate(self, h: torch.Tensor, activation: ActivationName, gated: bool, out: torch.Tensor) -> None:
+        """act(h[:, :I]) · h[:, I:] where gated, else act(h), into `out`."""
+
+    def gate_back(
+        self, g: torch.Tensor, h: torch.Tensor, activation: ActivationName, gated: bool, out: torch.Tensor
+    ) -> None:
+        """The gradient in h into `out`."""
+
+    def attention(
+        self, qkv: torch.Tensor, spec: AttentionSpec, rope: Rope, layout: PackLayout, out: torch.Tensor
+    ) -> Any:
+        """Writes the heads' answers into `out` [T, H · D]; returns what `attention_back` needs."""
+
+    def attention_back(
+        self,
+        g: torch.Tensor,
+        qkv: torch.Tensor,
+        answer: torch.Tensor,
+        saved: Any,
+        spec: AttentionSpec,
+        rope: Rope,
+        layout: PackLayout,
+        out: torch.Tensor,
+    ) -> None:
+        """The gradient in qkv into `out`; `answer` is what `attention` wrote."""
+
+    def quantize_rows(
+        self, x: torch.Tensor, fold: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (· fold, by column) as int8 with one scale a row: x ≈ quants · scale."""
+
+    def dequantize(
+        self,
+        sums: torch.Tensor,
+        row_scale: torch.Tensor,
+        column_scale: torch.Tensor | None,
+        low: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """int32 sums · row_scale (· column_scale) (+ low) (+ bias), in `dtype`."""
+
+    def loss_back(self, logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
+        """Sum of -log softmax(logits)[target] over rows; `logits` become its gradient in themselves, in place.
+
+        With `softcap` c the softmax is of c · tanh(logits / c), the gradient still in the logits.
+        """
+
+
+class TorchKernels:
+    """The protocol in torch operations: runs everywhere, in every number format."""
+
+    name = "torch"
+
+    def norm(self, x: torch.Tensor, norm: Norm, out: torch.Tensor) -> Any:
+        high = _exact(x)
+        centre = high.mean(-1, keepdim=True) if norm.centred else None
+        high = high if centre is None else high - centre
+        inverse = torch.rsqrt(high.square().mean(-1, keepdim=True) + norm.eps)
+        y = high * inverse * norm.weight_d
+        out.copy_(y if norm.bias_d is None else y + norm.bias_d)
+        return centre, inverse
+
+    def norm_back(
+        self, g: torch.Tensor, x: torch.Tensor, norm: Norm, stats: Any, plus: torch.Tensor | None
+    ) -> torch.Tensor:
+        centre, inverse = stats
+        high = _exact(x)
+        unit = (high if centre is None else high - centre) * inverse
+        gy = _exact(g) * norm.weight_d
+        gx = gy - unit * (gy * unit).mean(-1, keepdim=True)
+        if norm.centred:
+            gx -= gy.mean(-1, keepdim=True)
+        gx *= inverse
+        return (gx if plus is None else gx + plus).to(x.dtype)
+
+    def gate(self, h: torch.Tensor, activation: ActivationName, gated: bool, out: torch.Tensor) -> None:
+        if not gated:
+            out.copy_(_act(h, activation))
+            return
+        gate, up = h.chunk(2, dim=-1)
+        torch.mul(_act(gate, activation), up, out=out)
+
+    def gate_back(
+        self, g: torch.Tensor, h: torch.Tensor, activation: ActivationName, gated: bool, out: torch.Tensor
+    ) -> None:
+        if not gated:
+            out.copy_(_act_back(g, h, activation))
+            return
+        gate, up = h.chunk(2, dim=-1)
+        width = gate.shape[-1]
+        out[:, :width] = _act_back(g * up, gate, activation)
+        torch.mul(g, _act(gate, activation), out=out[:, width:])
+
+    def attention(
+        self, qkv: torch.Tensor, spec: AttentionSpec, rope: Rope, layout: PackLayout, out: torch.Tensor
+    ) -> Any:
+        with torch.enable_grad():
+            leaf = qkv.detach().requires_grad_()
+            answer = plain_attention(leaf, spec, rope, layout)
+        out.copy_(answer.detach())
+        return leaf, answer
+
+    def attention_back(
+        self,
+        g: torch.Tensor,
+        qkv: torch.Tensor,
+        answer: torch.Tensor,
+        saved: Any,
+        spec: AttentionSpec,
+        rope: Rope,
+        layout: PackLayout,
+        out: torch.Tensor,
+    ) -> None:
+        leaf, answer_with_graph = saved
+        (gradient,) = torch.autograd.grad(answer_with_graph, leaf, g.to(answer_with_graph.dtype))
+        out.copy_(gradient)
+
+    def quantize_rows(
+        self, x: torch.Tensor, fold: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        high = x.float() if fold is None else x.float() * fold
+        scale = high.abs().amax(1) / 127
+        inverse = torch.where(scale > 0, 1 / scale, 0.0)
+        return high.mul_(inverse[:, None]).round_().to(torch.int8), scale
+
+    def dequantize(
+        self,
+        sums: torch.Tensor,
+        row_scale: torch.Tensor,
+        column_scale: torch.Tensor | None,
+        low: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        y = sums * row_scale[:, None]
+        if column_scale is not None:
+            y *= column_scale
+        if low is not None:
+            y += low
+        if bias is not None:
+            y += bias
+        return y.to(dtype)
+
+    def loss_back(self, logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
+        high = _exact(logits)
+        slope = None
+        if softcap is not None:
+            high = torch.tanh(high / softcap)
+            slope = 1 - high.square()
+            high = high.mul_(softcap)
+        targets = targets[:, None]
+        log_norm = high.logsumexp(-1, keepdim=True)
+        loss = (log_norm - high.gather(1, targets)).sum()
+        gradient = high.sub(log_norm).exp_()
+        gradient.scatter_add_(1, targets, gradient.new_full(targets.shape, -1.0))
+        logits.copy_(gradient if slope is None else gradient.mul_(slope))
+        return loss
+
+
+def plain_attention(
+    qkv: torch.Tensor, spec: AttentionSpec, rope: Rope, layout: PackLayout
+) -> torch.Tensor:
+    """Rotary embedding and causal attention inside documents, with a gradient: [T, ...] to [T, H · D] in float32."""
+    high = _exact(qkv)
+    query = _heads(high, spec.query_at, spec.query_step, spec.num_heads, spec.head_dim)
+    key = _heads(high, spec.key_at, spec.kv_step, spec.num_kv_heads, spec.head_dim)
+    value = _heads(high, spec.value_at, spec.kv_step, spec.num_kv_heads, spec.head_dim)
+    query = _rotate(_head_norm(query, spec.query_norm), rope, spec.rotary_dim)
+    key = _rotate(_head_norm(key, spec.key_norm), rope, spec.rotary_dim)
+    query, key, value = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (query, key, value))
+    answers = []
+    for group in layout.groups:
+        q, k, v = (_as_block(x, group.gather_F, group.num_documents) for x in (query, key, value))
+        answer_GHLD = _causal(q, k, v, spec)
+        flat = answer_GHLD.transpose(1, 2).flatten(0, 1).flatten(1)
+        answers.append(flat.index_select(0, group.keep_N))
+    return torch.cat(answers).index_select(0, layout.restore_T)
+
+
+def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    longest = q.shape[2]
+    window = spec.window if spec.window and spec.window < longest else None
+    mask = None if window is None else _window_mask(longest, window, q.device)
+    if spec.softcap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=spec.scale, enable_gqa=True
+        )
+    repeat = spec.num_heads // spec.num_kv_heads
+    k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
+    scores = torch.tanh(q @ k.transpose(-1, -2) * (spec.scale / spec.softcap)) * spec.softcap
+    seen = _window_mask(longest, window or longest, q.device)
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
+
+
+def _window_mask(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """True where a query may look: itself and the `window` - 1 tokens before it."""
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+def _as_block(x_THD: torch.Tensor, gather_F: torch.Tensor, num_documents: int) -> torch.Tensor:
+    block = x_THD.index_select(0, gather_F)
+    return block.view(num_documents, -1, *x_THD.shape[1:]).transpose(1, 2)
+
+
+def _heads(x: torch.Tensor, at: int, step: int, num_heads: int, head_dim: int) -> torch.Tensor:
+    """[T, heads, head_dim], a view."""
+    return x.as_strided((len(x), num_heads, head_dim), (x.stride(0), step, 1), x.storage_offset() + at)
+
+
+def _head_norm(x_THD: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+    if norm is None:
+        return x_THD
+    return x_THD * torch.rsqrt(x_THD.square().mean(-1, keepdim=True) + norm.eps) * norm.weight_d
+
+
+def _rotate(x_THD: torch.Tensor, rope: Rope, rotary_dim: int) -> torch.Tensor:
+    turned, kept = x_THD[..., :rotary_dim], x_THD[..., rotary_dim:]
+    first, second = turned.chunk(2, dim=-1)
+    half = torch.cat((-second, first), dim=-1)
+    turned = turned * rope.cos_TR[:, None] + half * rope.sin_TR[:, None]
+    return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
+
+
+def _exact(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _act(x: torch.Tensor, activation: ActivationName) -> torch.Tensor:
+    if activation == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _act_back(g: torch.Tensor, x: torch.Tensor, activation: ActivationName) -> torch.Tensor:
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(g, x)
+    return torch.ops.aten.gelu_backward(g, x, approximate="tanh" if activation == "gelu_tanh" else "none")

@@ -1,0 +1,358 @@
+"""The kernels in C: compiled once by this machine's own compiler, kept in the cache, tried against torch before use.
+
+Where there is no compiler, or what it makes does not answer as torch does, the torch kernels serve: the same numbers up to
+rounding, slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from myna.engine.kernels import ActivationName, AttentionSpec, Norm, Rope, TorchKernels
+from myna.engine.layout import PackLayout
+
+SOURCES = ("native.c", "native_typed.h")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11")
+COMPILE_SECONDS = 120
+PADDING = 64  # floats after each row of a transposed copy: the kernels read and write whole vectors
+WIDEST_HEAD = 1024
+NO_WINDOW = 1 << 40
+OPENMP_NAMES = ("libgomp", "libomp", "libiomp")
+
+
+class NotNative(Exception):
+    """Why there are no C kernels here, in words for the user."""
+
+
+class _Job(ctypes.Structure):
+    """attention_job of native.c, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("T", "H", "KV", "D", "R")),
+        *((n, ctypes.c_int64) for n in ("query_at", "query_step", "key_at", "value_at", "kv_step")),
+        *((name, ctypes.c_int64) for name in ("window", "num_segments", "ldt")),
+        ("segments", ctypes.c_void_p),
+        ("blocks", ctypes.c_void_p),
+        ("num_blocks", ctypes.c_int64),
+        *((n, ctypes.c_void_p) for n in ("below", "below_at", "cos", "sin", "query_norm", "key_norm")),
+        *((name, ctypes.c_float) for name in ("query_eps", "key_eps", "scale", "softcap")),
+        *((n, ctypes.c_void_p) for n in ("q", "k", "v", "qt", "kt", "vt", "lse", "o", "ot", "delta")),
+        *((name, ctypes.c_void_p) for name in ("gq", "gk", "gv")),
+    )
+
+
+@dataclass(frozen=True)
+class NativeLibrary:
+    """A compiled library and what it was compiled by."""
+
+    path: Path
+    compiler: str
+    functions: Any
+
+
+class NativeKernels(TorchKernels):
+    """The protocol in C for float32 and bfloat16 on a CPU; what C does not cover is torch's."""
+
+    name = "native"
+
+    def __init__(self, library: NativeLibrary, threads: int) -> None:
+        self._library = library.functions
+        self._scratch: dict[str, torch.Tensor] = {}
+        parallel = _gomp_parallel()
+        if parallel is None and threads > 1:
+            raise NotNative("the OpenMP that torch runs on has no GOMP_parallel")
+        self._library.myna_threads(ctypes.c_void_p(parallel), threads)
+
+    def _call(self, name: str, like: torch.Tensor, *arguments: Any) -> None:
+        kind = "bf16" if like.dtype == torch.bfloat16 else "f32"
+        assert like.dtype in (torch.bfloat16, torch.float32) and like.device.type == "cpu"
+        getattr(self._library, f"{name}_{kind}")(*(_c_value(argument) for argument in arguments))
+
+    def _room(self, name: str, *shape: int) -> torch.Tensor:
+        """Memory kept from call to call; what is in it is not."""
+        size = 1
+        for length in shape:
+            size *= length
+        held = self._scratch.get(name)
+        if held is None or held.numel() < size:
+            held = self._scratch[name] = torch.empty(size)
+        return held
+
+    def norm(self, x: torch.Tensor, norm: Norm, out: torch.Tensor) -> Any:
+        if norm.centred or norm.bias_d is not None:
+            return super().norm(x, norm, out)
+        inverse_T = torch.empty(len(x))
+        x = _rows(x)
+        self._call(
+            "myna_norm", x, x, x.stride(0), norm.weight_d, norm.eps, inverse_T, out, out.stride(0), *x.shape
+        )
+        return inverse_T
+
+    def norm_back(
+        self, g: torch.Tensor, x: torch.Tensor, norm: Norm, stats: Any, plus: torch.Tensor | None
+    ) -> torch.Tensor:
+        if norm.centred or norm.bias_d is not None:
+            return super().norm_back(g, x, norm, stats, plus)
+        g, x = _rows(g), _rows(x)
+        plus = None if plus is None else _rows(plus)
+        gx = torch.empty(x.shape, dtype=x.dtype)
+        added = (None, 0) if plus is None else (plus, plus.stride(0))
+        self._call(
+            "myna_norm_back",
+            x,
+            g,
+            g.stride(0),
+            x,
+            x.stride(0),
+            norm.weight_d,
+            stats,
+            *added,
+            gx,
+            gx.stride(0),
+            *x.shape,
+        )
+        return gx
+
+    def gate(self, h: torch.Tensor, activation: ActivationName, gated: bool, out: torch.Tensor) -> None:
+        if not gated or activation == "gelu":
+            super().gate(h, activation, gated, out)
+            return
+        h, kind = _rows(h), 0 if activation == "silu" else 1
+        self._call("myna_gate", h, h, h.stride(0), out, out.stride(0), len(h), h.shape[1] // 2, kind)
+
+    def gate_back(
+        self, g: torch.Tensor, h: torch.Tensor, activation: ActivationName, gated: bool, out: torch.Tensor
+    ) -> None:
+        if not gated or activation == "gelu":
+            super().gate_back(g, h, activation, gated, out)
+            return
+        g, h, kind = _rows(g), _rows(h), 0 if activation == "silu" else 1
+        width = h.shape[1] // 2
+        self._call(
+            "myna_gate_back", h, g, g.stride(0), h, h.stride(0), out, out.stride(0), len(h), width, kind
+        )
+
+    def attention(
+        self, qkv: torch.Tensor, spec: AttentionSpec, rope: Rope, layout: PackLayout, out: torch.Tensor
+    ) -> Any:
+        if not _fits(spec):
+            return super().attention(qkv, spec, rope, layout, out)
+        lse_HT = torch.empty(spec.num_heads, len(qkv))
+        job = self._job(qkv, spec, rope, layout, lse_HT, back=False)
+        self._call("myna_attention", qkv, job, qkv, qkv.stride(0), out, out.stride(0))
+        return lse_HT
+
+    def attention_back(
+        self,
+        g: torch.Tensor,
+        qkv: torch.Tensor,
+        answer: torch.Tensor,
+        saved: Any,
+        spec: AttentionSpec,
+        rope: Rope,
+        layout: PackLayout,
+        out: torch.Tensor,
+    ) -> None:
+        if not _fits(spec):
+            super().attention_back(g, qkv, answer, saved, spec, rope, layout, out)
+            return
+        g = _rows(g)
+        job = self._job(qkv, spec, rope, layout, saved, back=True)
+        tensors = (g, qkv, answer, out)
+        self._call("myna_attention_back", qkv, job, *(v for t in tensors for v in (t, t.stride(0))))
+
+    def _job(
+        self,
+        qkv: torch.Tensor,
+        spec: AttentionSpec,
+        rope: Rope,
+        layout: PackLayout,
+        lse_HT: torch.Tensor,
+        *,
+        back: bool,
+    ) -> _Job:
+        tokens, heads, kv, width = len(qkv), spec.num_heads, spec.num_kv_heads, spec.head_dim
+        ldt = tokens + PADDING
+        tree = layout.tree
+        norms = [None if n is None else n for n in (spec.query_norm, spec.key_norm)]
+        rooms = {name: self._room(name, h, tokens, width) for name, h in (("q", heads), ("k", kv), ("v", kv), ("o", heads))}
+        rooms["kt"] = self._room("kt", kv, width, ldt)
+        if back:
+            rooms |= {n: self._room(n, heads, width, ldt) for n in ("qt", "ot")}
+            rooms |= {"vt": self._room("vt", kv, width, ldt), "gq": self._room("gq", heads, tokens, width)}
+            rooms |= {n: self._room(n, kv, tokens, width) for n in ("gk", "gv")}
+            rooms["delta"] = self._room("delta", heads, tokens)
+        return _Job(
+            T=tokens,
+            H=heads,
+            KV=kv,
+            D=width,
+            R=spec.rotary_dim,
+            query_at=spec.query_at,
+            query_step=spec.query_step,
+            key_at=spec.key_at,
+            value_at=spec.value_at,
+            kv_step=spec.kv_step,
+            window=spec.window or NO_WINDOW,
+            num_segments=len(tree.segments),
+            ldt=ldt,
+            num_blocks=len(tree.blocks),
+            scale=spec.scale,
+            softcap=spec.softcap or 0.0,
+            query_eps=norms[0].eps if norms[0] else 0.0,
+            key_eps=norms[1].eps if norms[1] else 0.0,
+            query_norm=norms[0].weight_d.data_ptr() if norms[0] else None,
+            key_norm=norms[1].weight_d.data_ptr() if norms[1] else None,
+            cos=rope.cos_TR.data_ptr(),
+            sin=rope.sin_TR.data_ptr(),
+            lse=lse_HT.data_ptr(),
+            **{n: getattr(tree, n).data_ptr() for n in ("segments", "blocks", "below", "below_at")},
+            **{name: room.data_ptr() for name, room in rooms.items()},
+        )
+
+    def quantize_rows(
+        self, x: torch.Tensor, fold: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x = _rows(x)
+        quants, scale_T = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x))
+        self._call("myna_quantize_rows", x, x, x.stride(0), fold, quants, scale_T, *x.shape)
+        return quants, scale_T
+
+    def dequantize(
+        self,
+        sums: torch.Tensor,
+        row_scale: torch.Tensor,
+        column_scale: torch.Tensor | None,
+        low: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        y = torch.empty(sums.shape, dtype=dtype)
+        added = (None, 0) if low is None else (low, low.stride(0))
+        self._call("myna_dequantize", y, sums, row_scale, column_scale, *added, bias, y, *y.shape)
+        return y
+
+    def loss_back(self, logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
+        loss_N = torch.empty(len(logits))
+        self._call(
+            "myna_loss", logits, logits, logits.stride(0), targets, loss_N, *logits.shape, softcap or 0.0
+        )
+        return loss_N.sum()
+
+
+def _c_value(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    if isinstance(value, int):
+        return ctypes.c_int64(value)
+    return ctypes.c_void_p(None) if value is None else ctypes.byref(value)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x with its columns side by side; rows may have any stride."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _fits(spec: AttentionSpec) -> bool:
+    return spec.head_dim % 16 == 0 and spec.head_dim <= WIDEST_HEAD and spec.rotary_dim % 2 == 0
+
+
+# Compiling and loading
+
+
+def load_native(threads: int) -> NativeKernels:
+    """The C kernels, compiled where they are not yet. NotNative says why where they cannot be had."""
+    kernels = NativeKernels(native_library(), threads)
+    return kernels
+
+
+@functools.cache
+def native_library() -> NativeLibrary:
+    """Compiles (about two seconds) or finds in the cache."""
+    from myna.model.sources import cache_dir
+
+    compiler = find_compiler()
+    folder = Path(__file__).parent
+    text = b"".join((folder / name).read_bytes() for name in SOURCES)
+    version = _run([*compiler, "--version"]).splitlines()[0]
+    key = hashlib.sha256(b"\0".join([text, version.encode(), *map(str.encode, FLAGS), _abilities().encode()]))
+    path = cache_dir() / "native" / f"{key.hexdigest()[:24]}.so"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+            made = Path(temporary) / path.name
+            _run([*compiler, *FLAGS, "-shared", "-fPIC", "-o", str(made), str(folder / "native.c"), "-lm"])
+            os.replace(made, path)
+    try:
+        functions = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NotNative(f"{path} does not load: {error}") from error
+    return NativeLibrary(path, version, functions)
+
+
+def find_compiler() -> list[str]:
+    """The command of a C compiler: $CC, or the first of gcc, clang, cc, or the package ziglang's. NotNative if none."""
+    asked = os.environ.get("CC", "").split()
+    if asked and shutil.which(asked[0]):
+        return asked
+    found = next((name for name in ("gcc", "clang", "cc") if shutil.which(name)), None)
+    if found:
+        return [found]
+    import importlib.util
+
+    if importlib.util.find_spec("ziglang"):
+        return [sys.executable, "-m", "ziglang", "cc"]
+    raise NotNative("there is no C compiler (gcc, clang, or pip install ziglang)")
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=True)
+    except subprocess.CalledProcessError as error:
+        first = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr[:200])
+        raise NotNative(f"{command[0]} failed: {first.strip()}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NotNative(f"{command[0]} could not be run: {error}") from error
+    return done.stdout
+
+
+def _abilities() -> str:
+    """What the library is compiled for: another CPU on a shared cache compiles its own."""
+    info = Path("/proc/cpuinfo")
+    lines: Mapping[str, str] = {}
+    if info.is_file():
+        pairs = (line.partition(":") for line in info.read_text().split("\n\n")[0].splitlines())
+        lines = {name.strip(): value.strip() for name, _, value in pairs}
+    told = lines.get("flags") or lines.get("Features") or platform.processor()
+    return f"{platform.machine()} {lines.get('model name', '')} {told}"
+
+
+def _gomp_parallel() -> int | None:
+    """The address of GOMP_parallel in the OpenMP library that torch has loaded into this process."""
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        return None
+    paths = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if "/" in line}
+    candidates = sorted(p for p in paths if Path(p).name.startswith(OPENMP_NAMES))
+    ours = Path(torch.__file__).parent
+    for path in sorted(candidates, key=lambda p: not Path(p).is_relative_to(ours)):
+        function = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
+        if function is not None:
+            return ctypes.cast(function, ctypes.c_void_p).value
+    return None
