@@ -55,6 +55,22 @@ class FastDecoder:
         for layer in self.layers:
             yield from (layer.attention.inner, layer.attention.outer, layer.mlp.inner, layer.mlp.outer)
 
+    def product_flops(self, batch: Batch) -> float:
+        """Floating-point operations of the matrix products that a forward and backward over the pack runs.
+
+        A product of [m, k] and [k, n] counts 2·m·k·n, also where it is done in int8. Attention's own are not counted.
+        """
+        tokens, flops, needs_input = len(batch.input_ids_T), 0.0, False
+        for group in self.groups():
+            frozen = group.frozen
+            wide_in, wide_out = frozen.num_in + frozen.rank, frozen.num_out + frozen.rank
+            low = sum((p.rows.stop - p.rows.start + frozen.num_in) * (p.ranks.stop - p.ranks.start) for p in group.parts)
+            flops += frozen.num_out * wide_in + frozen.num_in * frozen.rank + 2 * low - frozen.num_in * frozen.rank
+            flops += frozen.num_in * wide_out if needs_input else 0
+            needs_input = needs_input or bool(group.parts)
+        # the head: logits and the gradient in the hidden states
+        return 2.0 * (tokens * flops + 2 * len(batch.targets_N) * self._head_Vd.numel())
+
     def loss(self, batch: Batch) -> torch.Tensor:
         """Sum of the loss over the pack's target tokens, a scalar with a gradient to the adapter."""
         device = self._head_Vd.device

@@ -20,9 +20,12 @@ from myna.data.render import IGNORE
 from myna.engine.decoder import FastDecoder
 from myna.engine.families import FAST
 from myna.engine.kernels import Kernels, TorchKernels
+from myna.engine.native import NotNative, load_native
+from myna.engine.threads import usable_cores
 from myna.recipe import AdapterSettings
 
 PathName = Literal["fast", "reference"]
+KernelsName = Literal["native", "torch"]
 
 # oneDNN makes and keeps a kernel for every shape it meets, so each new length of a pack would cost time and memory
 ROUND_TOKENS = 64
@@ -36,6 +39,27 @@ class Stepper(Protocol):
 
     def refresh(self) -> None:
         """To be called after the adapter changed."""
+
+    def product_flops(self, batch: Batch) -> float | None:
+        """What the pack's matrix products come to, in FLOP; None where it is not known."""
+
+
+def choose_kernels(name: KernelsName, threads: int) -> Kernels:
+    """The kernels that a plan names. NotNative where the C ones cannot be had here."""
+    return load_native(threads) if name == "native" else TorchKernels()
+
+
+def best_kernels(device: str, dtype: str) -> tuple[KernelsName, str]:
+    """The kernels for this machine, and why where they are torch's."""
+    if device != "cpu":
+        return "torch", f"the C kernels are for a CPU, the device is {device}"
+    if dtype not in ("bf16", "fp32"):
+        return "torch", f"the C kernels compute in bf16 and fp32, not in {dtype}"
+    try:
+        load_native(usable_cores())
+    except NotNative as error:
+        return "torch", str(error)
+    return "native", ""
 
 
 def choose_path(config: Any, adapter: AdapterSettings, *, packed: bool = True) -> tuple[PathName, str]:
@@ -56,12 +80,19 @@ def choose_path(config: Any, adapter: AdapterSettings, *, packed: bool = True) -
 DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop")
 
 
-def make_stepper(model: Any, path: PathName, *, kernels: Kernels | None = None, quantize: str = "none") -> Stepper:
-    """Puts a peft model into training mode on a path."""
+def make_stepper(
+    model: Any,
+    path: PathName,
+    *,
+    kernels: Kernels | None = None,
+    quantize: str = "none",
+    checkpoint_layers: int = 0,
+) -> Stepper:
+    """Puts a peft model into training mode on a path. The settings are the fast path's; see FastDecoder."""
     model.train()
     if path == "reference":
         return ReferenceStepper(model)
-    decoder = FastDecoder(model, kernels or TorchKernels(), quantize=quantize)
+    decoder = FastDecoder(model, kernels or TorchKernels(), quantize=quantize, checkpoint_layers=checkpoint_layers)
     assert any(group.parts for group in decoder.groups()), "the fast path found no LoRA layer"
     return FastStepper(decoder)
 
@@ -71,10 +102,15 @@ class FastStepper:
 
     def __init__(self, decoder: FastDecoder) -> None:
         self.decoder = decoder
-        self.refresh = decoder.refresh
 
     def loss(self, batch: Batch) -> torch.Tensor:
         return self.decoder.loss(round_up(batch))
+
+    def refresh(self) -> None:
+        self.decoder.refresh()
+
+    def product_flops(self, batch: Batch) -> float | None:
+        return self.decoder.product_flops(round_up(batch))
 
 
 class ReferenceStepper:
@@ -88,6 +124,9 @@ class ReferenceStepper:
 
     def refresh(self) -> None:
         pass
+
+    def product_flops(self, batch: Batch) -> float | None:
+        return None
 
 
 def round_up(batch: Batch, multiple: int = ROUND_TOKENS) -> Batch:
