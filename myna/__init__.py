@@ -14,7 +14,7 @@ _HOMES = {
     "MynaError": "myna.errors",
     "Recipe": "myna.recipe",
     "Run": "myna.run",
-    "StepReport": "myna.train",
+    "StepReport": "myna.metrics",
     "load_recipe": "myna.recipe",
     "run_recipe": "myna.pipeline",
     "train": "myna.train",

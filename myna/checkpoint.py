@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -20,6 +20,13 @@ from myna.errors import CheckpointError, DataError
 from myna.run import file_sha256, new_directory, read_json, timestamp, write_json
 
 TENSORS = ("adapter", "optimizer")
+
+
+class StateOwner(Protocol):
+    """An optimizer: by parameter, its tensors by name, as torch.optim.Optimizer has them."""
+
+    @property
+    def state(self) -> Mapping[Any, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -35,20 +42,21 @@ class TrainState:
 def collect_state(
     step: int,
     parameters: Mapping[str, torch.nn.Parameter],
-    optimizer: torch.optim.AdamW,
+    optimizer: StateOwner,
     facts: Mapping[str, Any],
 ) -> TrainState:
     """Gathers the state after `step`; tensors are the live ones, to be saved before the next step."""
     moments: dict[str, torch.Tensor] = {"rng/torch": torch.get_rng_state()}
     for name, parameter in parameters.items():
         for key, value in optimizer.state[parameter].items():
-            moments[f"{key}/{name}"] = value
+            # one count of steps may stand for all: safetensors refuses tensors that share their memory
+            moments[f"{key}/{name}"] = value if value.ndim else value.clone()
     adapter = {name: parameter.detach() for name, parameter in parameters.items()}
     return TrainState(step, adapter, moments, facts)
 
 
 def restore_state(
-    state: TrainState, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.AdamW
+    state: TrainState, parameters: Mapping[str, torch.nn.Parameter], optimizer: StateOwner
 ) -> None:
     """Puts a state back, bit for bit. CheckpointError where its names or shapes are not this adapter's."""
     shapes = {name: tuple(tensor.shape) for name, tensor in state.adapter.items()}
@@ -59,12 +67,15 @@ def restore_state(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state.adapter[name])
-    for name, parameter in parameters.items():
-        optimizer.state[parameter] = {
-            key.partition("/")[0]: tensor.clone()
-            for key, tensor in state.optimizer.items()
-            if key.partition("/")[2] == name
-        }
+    for key, tensor in state.optimizer.items():
+        kind, _, name = key.partition("/")
+        if name not in parameters:
+            continue
+        held = optimizer.state[parameters[name]]
+        if kind in held:
+            held[kind].copy_(tensor)
+        else:
+            held[kind] = tensor.clone()
     torch.set_rng_state(state.optimizer["rng/torch"])
 
 

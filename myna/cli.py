@@ -13,7 +13,6 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 import myna
 from myna.chat_command import chat
@@ -25,8 +24,10 @@ from myna.terminal import (
     AsJson,
     new_console,
     print_error,
+    print_expectations,
     print_json,
     print_outcome,
+    print_report,
     run_stage,
     terminal_show,
 )
@@ -158,20 +159,27 @@ def data_show(
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    bench: Annotated[
+        bool, typer.Option("--bench", help="measure this machine, and say how fast it will train")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Versions, cores and what they can do, free memory and disk, extras and how to get them."""
     from myna.doctor import as_lines, examine
 
-    report = examine()
+    report, measured = examine(), None
+    if bench:
+        from myna.doctor_bench import as_table, run_bench
+
+        measured = run_bench()
+        report = measured.joined(report)
     if as_json:
-        print_json(report.to_json())
+        print_json(report.to_json() | ({"training": measured.to_json()} if measured else {}))
     else:
-        console = new_console()
-        colours = {"ok": "green", "warn": "yellow", "missing": "red"}
-        for status, text, cure in as_lines(report):
-            console.print(f"[{colours[status]}]{status:<8}[/]{escape(text)}", highlight=False)
-            if cure:
-                console.print(f"        [dim]{escape(cure)}[/dim]", highlight=False)
+        print_report(new_console(), as_lines(report))
+        if measured:
+            print_expectations(new_console(), *as_table(measured))
     if report.problems:
         raise typer.Exit(4)
 

@@ -5,51 +5,20 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, version
-from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import myna
 from myna.engine.threads import usable_cores
-from myna.model.sources import PACKAGED, cache_dir, packaged_gguf_path
-
-Status = Literal["ok", "warn", "missing"]
+from myna.machine import Finding, Status, look_at_machine
+from myna.model.sources import PACKAGED, packaged_gguf_path
 
 # Where Myna is run from its sources there is no list of requirements to read: these are what nothing works without.
 CORE: Final = ("torch", "transformers", "peft", "tokenizers", "safetensors", "gguf", "xllamacpp")
-# What `myna demo` takes on the packaged base, rounded up: the largest process, the cache, the run.
-DEMO_MEMORY: Final = 2_500_000_000
-DEMO_CACHE: Final = 1_000_000_000
-DEMO_RUN: Final = 1_500_000_000
-ABILITIES: Final = {
-    "avx2": ("avx2",),
-    "avx512": ("avx512f",),
-    "avx512_bf16": ("avx512_bf16",),
-    "avx512_vnni": ("avx512_vnni", "avx_vnni"),
-    "amx": ("amx_tile",),
-    "neon": ("asimd",),
-    "arm_bf16": ("bf16",),
-    "arm_i8mm": ("i8mm",),
-    "sve": ("sve",),
-}
 SETTINGS: Final = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "MYNA_CACHE", "HF_HOME", "HF_HUB_OFFLINE")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at. `value` is the bare fact, for programs; `cure` says what to do where it is not ok."""
-
-    name: str
-    status: Status
-    text: str
-    value: Any = None
-    cure: str | None = None
-    is_core: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,12 +46,8 @@ def examine() -> Report:
         (
             *_software(),
             _encoder(),
-            _system(),
-            *_cores(),
-            _memory(),
-            *_disks(),
+            *look_at_machine(),
             *_bases(),
-            *_gpus(),
             *_settings(),
             *_extras(),
         )
@@ -198,90 +163,7 @@ def _encoder() -> Finding:
     return Finding("encoder", "ok", text, str(found.path))
 
 
-# Hardware
-
-
-def _system() -> Finding:
-    libc = " ".join(part for part in platform.libc_ver() if part)
-    text = f"{platform.system()} {platform.release()}, {platform.machine()}{', ' + libc if libc else ''}"
-    return Finding("system", "ok", text, {"platform": platform.platform(), "libc": libc or None})
-
-
-def _cores() -> Iterator[Finding]:
-    import psutil
-
-    usable, present = usable_cores(), psutil.cpu_count() or 0
-    text = f"{usable} of {present} cores may be used" if usable < present else f"{usable} cores"
-    value = {"usable": usable, "present": present, "physical": psutil.cpu_count(logical=False)}
-    yield Finding("cores", "ok", text, value)
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        yield Finding("abilities", "ok", "what the cores can do is not told by this system")
-        return
-    yield check_abilities(info.read_text(encoding="utf-8", errors="replace"))
-
-
-def check_abilities(cpuinfo: str) -> Finding:
-    """What /proc/cpuinfo (Linux) says the cores can do, by the names of `ABILITIES`."""
-    lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
-    flags = set(lines[0].split()) if lines else set()
-    found = [name for name, any_of in ABILITIES.items() if flags & {*any_of}]
-    if "avx2" not in found and "neon" not in found:
-        cure = "a machine with AVX2 (x86 since 2013) or NEON trains and answers several times faster"
-        return Finding("abilities", "warn", "the cores have neither AVX2 nor NEON", found, cure)
-    fast = {"avx512_bf16", "amx", "arm_bf16"} & {*found}
-    text = f"{', '.join(found)}; bf16 is {'faster' if fast else 'no faster'} than fp32"
-    return Finding("abilities", "ok", text, found)
-
-
-def _memory() -> Finding:
-    import psutil
-
-    free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
-    limit = _container_room()
-    if limit is not None:
-        free, total = min(free, limit[0]), min(total, limit[1])
-    text = f"memory: {_gigabytes(free)} of {_gigabytes(total)} free"
-    return _room_finding(
-        "memory", text, free, DEMO_MEMORY, "close what uses memory, or lower train.pack_tokens"
-    )
-
-
-def _container_room() -> tuple[int, int] | None:
-    """(free, limit) in bytes where a container (Linux cgroup v2) has a limit of its own."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-    except OSError:
-        return None
-    return None if limit == "max" else (max(0, int(limit) - used), int(limit))
-
-
-def _disks() -> Iterator[Finding]:
-    """Room where runs are written (here) and in the cache, each with what the demo takes of it."""
-    cure = "free some room there, or run in a folder on another disk"
-    yield check_disk("disk:here", Path.cwd(), DEMO_RUN, cure)
-    yield check_disk("disk:cache", cache_dir(), DEMO_CACHE, "free some room there, or set MYNA_CACHE")
-
-
-def check_disk(name: str, folder: Path, needed: int, cure: str) -> Finding:
-    """Free room of the disk that holds `folder`, which need not be there yet, and whether it may be written."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not os.access(there, os.W_OK | os.X_OK):
-        return Finding(name, "warn", f"{there} may not be written", 0, cure)
-    free = shutil.disk_usage(there).free
-    return _room_finding(name, f"disk of {folder}: {_gigabytes(free)} free", free, needed, cure)
-
-
-def _room_finding(name: str, text: str, free: int, needed: int, cure: str) -> Finding:
-    if free >= needed:
-        return Finding(name, "ok", text, free)
-    return Finding(name, "warn", f"{text}; `myna demo` takes {_gigabytes(needed)}", free, cure)
-
-
-def _gigabytes(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:,.1f} GB"
+# Bases and settings
 
 
 def _bases() -> Iterator[Finding]:
@@ -293,21 +175,6 @@ def _bases() -> Iterator[Finding]:
             size = f"{packaged.gguf_bytes / 1e6:.0f} MB"
             text, cure = f"{name}: not in the cache yet", f"`myna demo` fetches it once ({size})"
             yield Finding(f"base:{name}", "missing", text, None, cure)
-
-
-def _gpus() -> Iterator[Finding]:
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        yield Finding("gpu", "ok", "no NVIDIA GPU: everything runs on the CPU", [])
-        return
-    query = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (subprocess.SubprocessError, OSError) as error:
-        yield Finding("gpu", "warn", f"nvidia-smi does not answer: {error}", [], "look at the driver")
-        return
-    found = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    yield Finding("gpu", "ok", f"GPU: {'; '.join(found) or 'none'}", found)
 
 
 def _settings() -> Iterator[Finding]:

@@ -66,11 +66,8 @@ def train_stage(recipe: Recipe, *, resume: bool = False, show: Show | None = Non
         if run.stage("train"):
             show.say("the adapter is trained already")
             return run
-        plan = prepared.plan
-        fast = "packed, fast path" if plan.path == "fast" else f"reference path: {plan.path_reason}"
-        show.say(
-            f"{plan.num_steps} steps in {plan.dtype} on {plan.device} with {plan.threads} threads ({fast})"
-        )
+        for sentence in prepared.plan.sentences():
+            show.say(sentence)
         with catch_signals() as stop_asked:
             for report in train(prepared, show.say, stop_asked):
                 show.step(report)
@@ -80,7 +77,7 @@ def train_stage(recipe: Recipe, *, resume: bool = False, show: Show | None = Non
             "train",
             {
                 "seconds": round(seconds, 1),
-                "steps": plan.num_steps,
+                "steps": prepared.plan.num_steps,
                 "target_tokens": sum(line["target_tokens"] for line in read_metrics(run.metrics_path)),
                 "trainable_parameters": _num_parameters(run),
                 "adapter_sha256": file_sha256(run.adapter_dir / "adapter_model.safetensors"),

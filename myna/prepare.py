@@ -12,18 +12,16 @@ from typing import Any
 
 import myna
 from myna.data.conversation import Conversation
-from myna.data.packing import num_steps_an_epoch
 from myna.data.render import ChatTokenizer, Example, load_chat_tokenizer, render_example
 from myna.data.rows import LoadedRows, as_row, load_conversations
 from myna.data.split import drop_overlap, split_rows
 from myna.engine.optim import default_learning_rate
-from myna.engine.step import PathName, choose_path
-from myna.engine.threads import fast_in_bfloat16, usable_cores
 from myna.errors import DataError, RecipeError
 from myna.model.load import read_config
 from myna.model.sources import PACKAGED, BaseFiles, Say, resolve_base
+from myna.plan import FrozenPlan, freeze_plan, read_plan, this_machine
 from myna.recipe import Recipe, recipe_yaml
-from myna.run import Run, new_directory, read_json, timestamp, write_json, write_text
+from myna.run import Run, new_directory, timestamp, write_json, write_text
 from myna.stored import pinned_base, stored_recipe
 
 DEFAULT_MAX_LENGTH = 2048
@@ -38,20 +36,6 @@ FREE_SETTINGS = (
     "train.keep_checkpoints",
 )
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "gguf", "xllamacpp", "numpy")
-
-
-@dataclass(frozen=True)
-class FrozenPlan:
-    """What the machine decided, before the first step; every resume obeys it."""
-
-    device: str
-    dtype: str
-    threads: int
-    path: PathName
-    path_reason: str
-    pack_tokens: int
-    num_rows: int
-    num_steps: int
 
 
 @dataclass(frozen=True)
@@ -84,15 +68,15 @@ def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
         )
     examples = render_rows(train, tokenizer, resolved, say)
     test = short_enough(test, tokenizer, resolved, say)
-    plan = _freeze(resolved, config, len(examples))
     inputs = _inputs(resolved, base, loaded, len(test))
     if run.exists():
         _refuse_changes(run, resolved, inputs)
-        plan = FrozenPlan(**read_json(run.plan_path))
+        plan = read_plan(run.plan_path)
         if resolved != stored_recipe(run):
             write_text(run.recipe_path, recipe_yaml(resolved))
             run.record([run.recipe_path])
     else:
+        plan = freeze_plan(resolved, config, [len(e.input_ids_T) for e in examples], this_machine())
         _write_run(run, resolved, base, plan, inputs, test)
     return Prepared(run, resolved, base, tokenizer, tuple(examples), tuple(test), plan)
 
@@ -225,28 +209,6 @@ def _resolve(recipe: Recipe, run: Run, config: Any) -> Recipe:
     is_path = base not in PACKAGED and not base.startswith("hf:") and Path(base).exists()
     model = recipe.model.model_copy(update={"base": str(Path(base).resolve()) if is_path else base})
     return recipe.model_copy(update={"run": names, "data": data, "train": train, "model": model})
-
-
-def _freeze(recipe: Recipe, config: Any, num_rows: int) -> FrozenPlan:
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    fast_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else fast_in_bfloat16()
-    dtype = recipe.model.dtype if recipe.model.dtype != "auto" else ("bf16" if fast_bf16 else "fp32")
-    path, reason = choose_path(config, recipe.adapter)
-    settings = recipe.train
-    num_steps = settings.epochs * num_steps_an_epoch(num_rows, settings.batch_size)
-    assert settings.pack_tokens is not None
-    return FrozenPlan(
-        device=device,
-        dtype=dtype,
-        threads=usable_cores(),
-        path=path,
-        path_reason=reason,
-        pack_tokens=settings.pack_tokens,
-        num_rows=num_rows,
-        num_steps=min(num_steps, settings.max_steps or num_steps),
-    )
 
 
 def _inputs(

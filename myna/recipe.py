@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -16,6 +17,15 @@ from myna.errors import RecipeError, UsageError
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 PathText = Annotated[str, Field(min_length=1)]
+CHECKPOINTING = ("auto", "none", "all")
+
+
+def _checkpointing(value: Any) -> str | int:
+    is_number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if not is_number and value not in CHECKPOINTING:
+        raise PydanticCustomError("checkpointing", "is one of auto, none, all, or a number of layers from 1")
+    found: str | int = value
+    return found
 
 
 class Section(BaseModel):
@@ -37,7 +47,9 @@ class ModelSettings(Section):
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="what the frozen base computes in; auto: bf16 where this machine is fast at it"
     )
-    quantize: Literal["none"] = Field("none", description="storage of the frozen base")
+    quantize: Literal["none", "int8"] = Field(
+        "none", description="storage of the frozen base: none · int8 (one byte a weight, and faster)"
+    )
 
 
 class DataSettings(Section):
@@ -69,16 +81,28 @@ class TrainSettings(Section):
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(
         None, description="peak; default: by method and width"
     )
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="after the warm-up")
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = Field(
+        "linear", description="after the warm-up: linear · cosine · constant · wsd (falls in the last 20 %)"
+    )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(5, description="steps from 0 to the peak")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="of AdamW, on the adapter")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.01, description="of AdamW, on the adapter's matrices"
+    )
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field(
+        default_factory=lambda: [0.9, 0.999], description="of AdamW: how long its two averages remember"
+    )
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(
         1.0, description="gradients are scaled to it; 0: off"
     )
     save_every_steps: Annotated[int, Field(ge=1)] = Field(25, description="steps between checkpoints")
     keep_checkpoints: Annotated[int, Field(ge=1)] = Field(3, description="the newest n stay")
+    packed: bool = Field(True, description="rows side by side; false takes the reference path")
     pack_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="tokens computed at once; default: 1024"
+    )
+    gradient_checkpointing: Annotated[str | int, PlainValidator(_checkpointing)] = Field(
+        "auto",
+        description="run layers again in the backward: none · all · N (every N layers); auto: where memory asks for it",
     )
     seed: Annotated[int, Field(ge=0)] = Field(42, description="of order, split and adapter")
 

@@ -45,7 +45,7 @@ def terminal_show(console: Console) -> Iterator[Show]:
             bar.update(tasks[label], visible=False)
 
     def step(report: Any) -> None:
-        facts = f"loss {report.loss:.3f} · {report.tokens_per_s:.0f} tokens/s"
+        facts = report.facts()
         update("training, step", report.step, report.num_steps, facts)
         if not console.is_terminal and (report.checkpoint or report.step == 1):
             console.print(f"  step {report.step}/{report.num_steps} · {facts}", highlight=False)
@@ -130,6 +130,29 @@ def print_outcome(console: Console, outcome: Mapping[str, Any], examples: list[M
     for path in ggufs:
         console.print(f"file     {path}", highlight=False)
     console.print(f"chat     [bold]myna chat {escape(shlex.quote(outcome['run']))}[/bold]", highlight=False)
+
+
+def print_report(console: Console, lines: Sequence[tuple[str, str, str | None]]) -> None:
+    """`doctor`: (status, text, cure) of each finding."""
+    colours = {"ok": "green", "warn": "yellow", "missing": "red"}
+    for status, text, cure in lines:
+        console.print(f"[{colours[status]}]{status:<8}[/]{_plain(text)}", highlight=False)
+        if cure:
+            console.print(f"        [dim]{_plain(cure)}[/dim]", highlight=False)
+
+
+def print_expectations(
+    console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]], note: str
+) -> None:
+    """`doctor --bench`: the training speed to expect, a line a model."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for place, head in enumerate(heads):
+        table.add_column(head, justify="right" if place else "left")
+    for row in rows:
+        table.add_row(*row)
+    console.print("\n[bold]Training speed to expect[/bold]")
+    console.print(table)
+    console.print(f"[dim]{_plain(note)}[/dim]", highlight=False)
 
 
 def print_findings(console: Console, story: Sequence[tuple[str, str]], findings: Sequence[Any]) -> None:

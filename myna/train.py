@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
+import functools
+import gc
 import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -21,169 +20,185 @@ import torch
 from myna.adapters.files import save_adapter
 from myna.adapters.methods import add_adapter, trainable_parameters
 from myna.checkpoint import collect_state, load_newest, restore_state, save_checkpoint
-from myna.data.packing import collate, num_steps_an_epoch, plan_packs
-from myna.engine.memory import give_back_memory, peak_memory_mb
-from myna.engine.optim import lr_at, make_optimizer
-from myna.engine.step import make_stepper
-from myna.errors import CheckFailed, Interrupted, MachineError
+from myna.data.packing import Batch, collate, num_steps_an_epoch, plan_packs
+from myna.data.render import Example
+from myna.engine.finite import all_finite, rows_at_fault
+from myna.engine.memory import collector_at_rest, give_back_memory, memory_mb, peak_memory_mb
+from myna.engine.optim import FlatAdapter, flatten_adapter, lr_at
+from myna.engine.peaks import product_peak
+from myna.engine.step import Stepper, make_stepper
+from myna.errors import CheckFailed, Interrupted
+from myna.metrics import StepReport, append_metrics, cut_metrics
 from myna.model.load import load_base
 from myna.model.sources import Say
+from myna.plan import FrozenPlan, planned_kernels
 from myna.prepare import Prepared
 from myna.run import require_room
 
 StopAsked = Callable[[], int | None]
+Packs = list[list[Example]]
 
-
-@dataclass(frozen=True)
-class StepReport:
-    """One optimizer step. `tokens` are the rows' own, `loss` is the mean over `target_tokens`, `seconds` of this step."""
-
-    step: int
-    num_steps: int
-    loss: float
-    learning_rate: float
-    target_tokens: int
-    tokens: int
-    tokens_per_s: float
-    grad_norm: float
-    seconds: float
-    peak_mb: float
-    checkpoint: str | None = None
-
-    def metrics(self) -> dict[str, Any]:
-        """The line of metrics.jsonl."""
-        keys = ("step", "loss", "learning_rate", "target_tokens", "tokens_per_s", "grad_norm", "peak_mb")
-        return {key: getattr(self, key) for key in keys}
+TIDY_EVERY = 50  # steps between two runs of the garbage collector
 
 
 def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) -> Iterator[StepReport]:
     """Trains the adapter of a prepared run, from its newest good checkpoint where it has one.
 
     `stop_asked` is looked at after each step: a signal number ends training with a checkpoint behind and raises
-    Interrupted. At the end the adapter is written. Raises CheckFailed where the loss is not finite, CheckpointError
-    where every checkpoint is damaged.
+    Interrupted. At the end the adapter is written. Raises CheckFailed where the loss or its gradient is not finite,
+    CheckpointError where every checkpoint is damaged, MachineError where the run's kernels cannot be had.
     """
-    recipe, plan, run = prepared.recipe, prepared.plan, prepared.run
-    settings = recipe.train
+    plan, run, settings = prepared.plan, prepared.run, prepared.recipe.train
     torch.set_num_threads(plan.threads)
     for half in run.checkpoints_dir.glob(".tmp-*"):  # of a process that was killed while it saved
         shutil.rmtree(half, ignore_errors=True)
     found = load_newest(run.checkpoints_dir)
     for sentence in found.said:
         say(sentence)
-    model = load_base(prepared.base.folder, plan.dtype, device=plan.device)
-    model = add_adapter(model, recipe.adapter, seed=settings.seed, base_name=str(prepared.base.folder))
-    parameters = trainable_parameters(model)
-    stepper = make_stepper(model, plan.path)
-    optimizer = make_optimizer(parameters.values(), settings)
+    peak = _product_peak(plan)
+    model, stepper, adapter = _begin(prepared)
     # adapter, its gradient's two moments, for every checkpoint kept and the one being written
-    num_bytes = sum(p.numel() * 4 for p in parameters.values())
+    num_bytes = 4 * adapter.gradient_P.numel()
     require_room(run.path, 3 * num_bytes * (settings.keep_checkpoints + 1), "the checkpoints")
     first = 1
     if found.state is not None:
-        restore_state(found.state, parameters, optimizer)
+        restore_state(found.state, adapter.parameters, adapter)
         first = found.state.step + 1
         stepper.refresh()
         say(f"going on after step {found.state.step}")
     cut_metrics(run.metrics_path, first - 1)
-    lengths = [len(example.input_ids_T) for example in prepared.examples]
+    give_back_memory()  # what loading left behind
+    with collector_at_rest():
+        for step, epoch, packs in _steps(prepared, first):
+            started = time.perf_counter()
+            rate = lr_at(step, plan.num_steps, settings)
+            batches = [collate(pack, share=plan.path == "fast") for pack in packs]
+            loss, grad_norm = _take_step(prepared, step, stepper, adapter, packs, batches, rate)
+            signal_number = stop_asked()
+            seconds = time.perf_counter() - started
+            if step % TIDY_EVERY == 0:
+                gc.collect()
+                give_back_memory()  # after every step it would cost several percent: the next one asks for it again
+            flops = [stepper.product_flops(batch) for batch in batches]
+            report = StepReport(
+                step=step,
+                num_steps=plan.num_steps,
+                loss=loss,
+                learning_rate=rate,
+                target_tokens=sum(len(batch.targets_N) for batch in batches),
+                tokens=sum(sum(batch.lengths) for batch in batches),
+                grad_norm=grad_norm,
+                seconds=round(seconds, 6),
+                num_packs=len(batches),
+                product_flops=None if None in flops else sum(f for f in flops if f is not None),
+                peak_flops=peak,
+                memory_mb=memory_mb(),
+                peak_mb=peak_memory_mb(),
+            )
+            # before the checkpoint: a line too many is cut on resume, a line that was never written stays missing
+            append_metrics(run.metrics_path, report)
+            if step % settings.save_every_steps == 0 or step == plan.num_steps or signal_number is not None:
+                state = collect_state(step, adapter.parameters, adapter, {"epoch": epoch})
+                saved = save_checkpoint(run.checkpoints_dir, state, settings.keep_checkpoints)
+                report = replace(report, checkpoint=saved.name)
+            yield report
+            if signal_number is not None and step < plan.num_steps:
+                raise Interrupted(
+                    f"stopped after step {step} of {plan.num_steps}; {report.checkpoint} is saved",
+                    signal_number=signal_number,
+                    where=str(run.path),
+                    help="the same command with --resume goes on",
+                )
+    save_adapter(model, run.adapter_dir, base_sha256=prepared.base.sha256)
+
+
+def _begin(prepared: Prepared) -> tuple[Any, Stepper, FlatAdapter]:
+    """The model with its adapter, as the plan says it is computed."""
+    recipe, plan = prepared.recipe, prepared.plan
+    kernels = planned_kernels(plan)
+    model = load_base(prepared.base.folder, plan.dtype, device=plan.device)
+    model = add_adapter(model, recipe.adapter, seed=recipe.train.seed, base_name=str(prepared.base.folder))
+    adapter = flatten_adapter(trainable_parameters(model), recipe.train)
+    stepper = make_stepper(
+        model,
+        plan.path,
+        kernels=kernels,
+        quantize_with=_first_pack(prepared) if plan.quantize == "int8" else None,
+        checkpoint_layers=plan.checkpoint_layers,
+        round_tokens=plan.round_tokens,
+        head_tokens=plan.head_tokens,
+    )
+    return model, stepper, adapter
+
+
+def _first_pack(prepared: Prepared) -> Batch:
+    """The first pack of the run's first step, whichever step it goes on from: int8 is made to fit it."""
+    _, _, packs = next(_steps(prepared, 1))
+    return collate(packs[0], share=True)
+
+
+def _steps(prepared: Prepared, first: int) -> Iterator[tuple[int, int, Packs]]:
+    """(step, epoch, the step's rows by pack) from step `first` to the last: a pure function of recipe, plan and rows."""
+    plan, settings, examples = prepared.plan, prepared.recipe.train, prepared.examples
+    lengths = [len(example.input_ids_T) for example in examples]
     steps_an_epoch = num_steps_an_epoch(len(lengths), settings.batch_size)
-    epoch, packs = -1, plan_packs([], seed=0, epoch=0, batch_size=1, pack_tokens=1)
+    epoch, planned = -1, plan_packs([], seed=0, epoch=0, batch_size=1, pack_tokens=1)
     for step in range(first, plan.num_steps + 1):
         if (step - 1) // steps_an_epoch != epoch:
             epoch = (step - 1) // steps_an_epoch
-            packs = plan_packs(
+            planned = plan_packs(
                 lengths,
                 seed=settings.seed,
                 epoch=epoch,
                 batch_size=settings.batch_size,
                 pack_tokens=plan.pack_tokens,
             )
-        started = time.perf_counter()
-        batches = [
-            collate([prepared.examples[r] for r in pack], share=plan.path == "fast") for pack in packs[(step - 1) % steps_an_epoch]
-        ]
-        num_targets = sum(len(batch.targets_N) for batch in batches)
-        rate = lr_at(step, plan.num_steps, settings)
-        loss_sum = 0.0
-        for batch in batches:
-            loss = stepper.loss(batch) / num_targets
-            loss.backward()
-            loss_sum += loss.detach().item()
-        limit = settings.max_grad_norm or math.inf
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), limit))
-        if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
-            raise CheckFailed(
-                f"the loss of step {step} is {loss_sum}, the norm of its gradient {grad_norm}",
-                where=str(run.path),
-                help="a smaller train.learning_rate in a new run; the last good checkpoint is in checkpoints/",
-                code="loss",
-            )
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
-        stepper.refresh()
-        signal_number = stop_asked()
-        seconds = time.perf_counter() - started
-        give_back_memory()
-        tokens = sum(sum(batch.lengths) for batch in batches)
-        report = StepReport(
-            step=step,
-            num_steps=plan.num_steps,
-            loss=loss_sum,
-            learning_rate=rate,
-            target_tokens=num_targets,
-            tokens=tokens,
-            tokens_per_s=round(tokens / seconds, 1),
-            grad_norm=grad_norm,
-            seconds=seconds,
-            peak_mb=peak_memory_mb(),
+        packs = planned[(step - 1) % steps_an_epoch]
+        yield step, epoch, [[examples[row] for row in pack] for pack in packs]
+
+
+def _take_step(
+    prepared: Prepared,
+    step: int,
+    stepper: Stepper,
+    adapter: FlatAdapter,
+    packs: Packs,
+    batches: Sequence[Batch],
+    rate: float,
+) -> tuple[float, float]:
+    """One optimizer update; returns loss and norm of the gradient. CheckFailed, with no update, where one is not finite."""
+    num_targets = sum(len(batch.targets_N) for batch in batches)
+    loss_sum = 0.0
+    for batch in batches:
+        loss = stepper.loss(batch) / num_targets
+        loss_sum += float(loss.detach())
+        if not all_finite(loss_sum):
+            break
+        loss.backward()
+    grad_norm = adapter.clip(prepared.recipe.train.max_grad_norm)
+    if not all_finite(loss_sum, grad_norm):
+        share = prepared.plan.path == "fast"
+        rows = rows_at_fault(stepper, packs, adapter.gradient_P, num_targets, share=share)
+        raise CheckFailed(
+            f"the loss of step {step} is {loss_sum}, the norm of its gradient {grad_norm}; {rows}",
+            where=str(prepared.run.path),
+            help="look at these rows, or take a smaller train.learning_rate in a new run; "
+            "the last good checkpoint is in checkpoints/",
+            code="loss",
         )
-        # before the checkpoint: a line too many is cut on resume, a line that was never written stays missing
-        append_metrics(run.metrics_path, report)
-        if step % settings.save_every_steps == 0 or step == plan.num_steps or signal_number is not None:
-            state = collect_state(step, parameters, optimizer, {"epoch": epoch})
-            saved = save_checkpoint(run.checkpoints_dir, state, settings.keep_checkpoints)
-            report = replace(report, checkpoint=saved.name)
-        yield report
-        if signal_number is not None and step < plan.num_steps:
-            raise Interrupted(
-                f"stopped after step {step} of {plan.num_steps}; {report.checkpoint} is saved",
-                signal_number=signal_number,
-                where=str(run.path),
-                help="the same command with --resume goes on",
-            )
-    save_adapter(model, run.adapter_dir, base_sha256=prepared.base.sha256)
+    adapter.step(rate)
+    stepper.refresh()
+    return loss_sum, grad_norm
 
 
-def append_metrics(path: Path, report: StepReport) -> None:
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(report.metrics()) + "\n")
-    except OSError as error:
-        raise MachineError(
-            f"could not be written: {error.strerror}",
-            where=str(path),
-            help="make room, then the same with --resume",
-        ) from error
+def _product_peak(plan: FrozenPlan) -> float | None:
+    """What the machine's products reach in the plan's number format, in FLOP/s; None off the fast path."""
+    return _measured_peak(plan.dtype, plan.threads, plan.device) if plan.path == "fast" else None
 
 
-def cut_metrics(path: Path, last_step: int) -> None:
-    """Drops the lines of steps after `last_step` (and a half-written one): a resumed run has each step once."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            step = json.loads(line)["step"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
-        if step <= last_step:
-            kept.append(line + "\n")
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+@functools.cache
+def _measured_peak(dtype: str, threads: int, device: str) -> float:
+    return product_peak(dtype, threads, device)
 
 
 @contextlib.contextmanager

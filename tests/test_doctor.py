@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -10,17 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from myna.doctor import (
-    ABILITIES,
-    Requirement,
-    as_lines,
-    check_abilities,
-    check_disk,
-    check_package,
-    examine,
-    read_requirement,
-)
+from myna.doctor import Requirement, as_lines, check_package, examine, read_requirement
 from myna.engine.threads import usable_cores
+from myna.machine import ABILITIES, check_abilities, check_compiler, check_disk
 from myna.model.sources import PACKAGED, packaged_gguf_path
 
 METADATA = """\
@@ -55,7 +48,9 @@ def test_the_report_is_data(tmp_path: Path) -> None:
     assert len(names) == len(set(names))
     for name in ("python", "myna", "package:torch", "package:xllamacpp", "system", "cores", "abilities"):
         assert name in names
-    assert {"memory", "disk:here", "disk:cache", "base:smollm2-135m", "gpu", "settings"} <= {*names}
+    assert {"kernels", "memory", "disk:here", "disk:cache", "base:smollm2-135m", "gpu", "settings"} <= {
+        *names
+    }
     found = json.loads(json.dumps(report.to_json()))
     assert found["findings"]["python"]["value"] == platform.python_version()
     assert found["findings"]["cores"]["value"]["usable"] == usable_cores()
@@ -204,3 +199,31 @@ def test_gpus(
     finding = examine().to_json()["findings"]["gpu"]
     assert finding["status"] == status
     assert words in finding["text"]
+
+
+def test_the_compiler_that_would_be_used_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "my cc"
+    compiler.write_text("#!/bin/sh\nexit 1\n")  # it is not run
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", f"'{compiler}' -m64")
+    finding = check_compiler()
+    assert (finding.status, finding.value) == ("ok", f"'{compiler}' -m64")
+    assert "doctor --bench" in finding.text
+
+
+def test_no_compiler_costs_speed_and_has_a_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    finding = check_compiler()
+    assert (finding.status, finding.cure, finding.value) == ("warn", "unset CC", None)
+    assert "no-such-compiler" in finding.text
+    assert "slower" in finding.text
+    if importlib.util.find_spec("ziglang"):
+        pytest.skip("the package ziglang is a compiler")
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    cures = {"darwin": "xcode-select --install", "linux": "pip install ziglang"}
+    assert check_compiler().cure == cures.get(sys.platform, "pip install ziglang")
+    (tmp_path / "apt-get").write_text("#!/bin/sh\n")
+    (tmp_path / "apt-get").chmod(0o755)
+    if sys.platform == "linux":
+        assert check_compiler().cure == "apt-get install gcc libc6-dev"

@@ -1,12 +1,17 @@
-"""Which rows make a step, and what a pack looks like as tensors."""
+"""Which rows make a step, what a pack looks like as tensors, and that how a step is cut changes nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import exactness
 import numpy as np
 import pytest
+import torch
 
-from myna.data.packing import collate, num_steps_an_epoch, plan_packs
+from myna.data.packing import Batch, Segment, collate, num_steps_an_epoch, plan_packs
 from myna.data.render import IGNORE, Example
+from myna.engine.step import KernelsName, make_stepper
 
 
 @pytest.mark.parametrize(("num_rows", "batch_size", "pack_tokens"), [(1, 8, 10), (23, 4, 30), (64, 8, 1)])
@@ -36,5 +41,30 @@ def test_a_batch_literally() -> None:
     assert batch.position_ids_T.tolist() == [0, 1, 2, 0, 1]
     assert batch.target_index_N.tolist() == [0, 1, 3]
     assert batch.targets_N.tolist() == [6, 7, 9]
-    assert (batch.starts, batch.lengths) == ((0, 3), (3, 2))
+    assert batch.segments == (Segment(0, 3), Segment(3, 2))
+    assert (batch.documents, batch.lengths) == (((0,), (1,)), (3, 2))
+    assert batch.tokens_of(1).tolist() == [3, 4]
     assert len(batch.targets_N) == first.num_targets + second.num_targets
+
+
+# rows of a step as packs of so many each; no pack shares what two packs have in common
+SPLITS = [(8,), (4, 4), (2, 2, 2, 2), (1,) * 8, (5, 3)]
+
+
+def split(rows: Sequence[Example], sizes: Sequence[int]) -> list[Batch]:
+    ends = np.cumsum(sizes).tolist()
+    return [collate(rows[end - size : end], share=True) for size, end in zip(sizes, ends, strict=True)]
+
+
+@exactness.each_kind
+@pytest.mark.parametrize("family", ["llama", "gemma2-window", "gpt_neox"])
+def test_micro_batches_are_one_step(family: str, kernels: KernelsName, dtype: torch.dtype) -> None:
+    """8×1 = 4×2 = 2×4 = 1×8: the loss is over the target tokens of the whole step."""
+    rows = exactness.related_examples(seed=7)[:8]
+    assert len({example.num_targets for example in rows}) > 4
+    model = exactness.adapted(family, dtype)
+    stepper = make_stepper(model, "fast", kernels=exactness.kernels_named(kernels))
+    whole, *others = (exactness.answer_of(stepper, model, split(rows, sizes), mean=True) for sizes in SPLITS)
+    for other in others:
+        bound = exactness.ORDER_BOUND[dtype]
+        exactness.require_same(other, whole, bound, each=exactness.PATH_BOUND[dtype])

@@ -94,6 +94,30 @@ def test_the_resolved_recipe_reads_back_equal(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, recipe_yaml(recipe))) == recipe
 
 
+def test_settings_of_training_are_typed() -> None:
+    recipe = build_recipe({"data": {"train": "a.jsonl"}})
+    assert (recipe.train.gradient_checkpointing, recipe.train.packed, recipe.model.quantize) == (
+        "auto",
+        True,
+        "none",
+    )
+    assert recipe.train.betas == [0.9, 0.999]
+    overrides = ["train.gradient_checkpointing=4", "train.betas=[0.5, 0.9]", "model.quantize=int8"]
+    recipe = build_recipe(
+        {"data": {"train": "a.jsonl"}}, [*overrides, "train.schedule=wsd", "train.packed=false"]
+    )
+    assert (recipe.train.gradient_checkpointing, recipe.train.betas) == (4, [0.5, 0.9])
+    for wrong in ("betas=[0.9]", "betas=[0.9, 1.0]", "schedule=wave", "gradient_checkpointing=every"):
+        with pytest.raises(RecipeError, match=rf"train\.{wrong.partition('=')[0]}"):
+            build_recipe({"data": {"train": "a.jsonl"}}, [f"train.{wrong}"])
+
+
+@pytest.mark.parametrize("value", ["auto", "none", "all", 2])
+def test_gradient_checkpointing_reads_back_equal(tmp_path: Path, value: object) -> None:
+    recipe = build_recipe({"data": {"train": "/x/a.jsonl"}, "train": {"gradient_checkpointing": value}})
+    assert load_recipe(write(tmp_path, recipe_yaml(recipe))) == recipe
+
+
 def test_every_setting_has_a_description() -> None:
     lines = list(setting_lines())
     assert len(lines) == len({key for key, _, _ in lines})

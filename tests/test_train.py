@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 import tiny
 
-from myna.errors import CheckFailed, DataError, Interrupted, RecipeError, UsageError
+from myna.errors import DataError, Interrupted, RecipeError, UsageError
+from myna.metrics import METRICS, StepReport
 from myna.pipeline import train_stage
 from myna.prepare import prepare
 from myna.recipe import Recipe, load_recipe
 from myna.run import Run
 from myna.show import Show
 from myna.stored import run_of
-from myna.train import StepReport, train
+from myna.train import train
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,9 +57,15 @@ def test_it_learns_and_says_what_it_did(recipe: Recipe) -> None:
     assert sum(r.loss for r in reports[-5:]) < 0.7 * sum(r.loss for r in reports[:5])
     lines = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 28))
-    assert set(lines[0]) == {
-        *("step", "loss", "learning_rate", "target_tokens", "tokens_per_s", "grad_norm", "peak_mb")
-    }
+    assert tuple(lines[0]) == METRICS
+    for line, report in zip(lines, reports, strict=True):
+        assert line["tokens_per_s"] == pytest.approx(line["tokens"] / line["seconds"], rel=0.01)
+        assert line["target_tokens_per_s"] < line["tokens_per_s"] and line["num_packs"] == 1
+        assert 0 < line["memory_mb"] <= 1.05 * line["peak_mb"]
+        assert report.peak_flops is not None and 0 < line["share_of_peak"] < 1
+        assert line["share_of_peak"] == pytest.approx(
+            line["product_flops"] / line["seconds"] / report.peak_flops, rel=0.01, abs=1e-4
+        )
     assert {"run.json", "recipe.yaml", "plan.json", "rows", "tokenizer", "adapter", "checkpoints"} <= {
         path.name for path in run.path.iterdir()
     }
@@ -209,38 +216,10 @@ def test_rows_that_stand_in_the_test_file_are_left_out(recipe: Recipe, tmp_path:
     assert json.loads(run.plan_path.read_text())["num_rows"] == 35
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(recipe: Recipe, tmp_path: Path) -> None:
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    broken = tiny.write_base(tmp_path / "broken")
-    tensors = load_file(broken / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"] *= (
-        torch.finfo(torch.float32).max / 4
-    )  # finite, until it is used
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckFailed, match="loss of step 1 is nan") as caught:
-        train_stage(changed(recipe, "model", base=str(broken)))
-    assert caught.value.exit_code == 5
-
-
 def test_target_modules_that_are_not_there_are_named(recipe: Recipe) -> None:
     with pytest.raises(RecipeError, match="fits no layer") as caught:
         train_stage(changed(recipe, "adapter", target_modules=["query"]))
     assert "q_proj" in (caught.value.help or "")
-
-
-def test_gradients_that_are_not_finite_end_the_run_before_they_are_used(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import torch
-
-    import myna.train as training
-
-    monkeypatch.setattr(training.torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("inf")))
-    with pytest.raises(CheckFailed, match="the norm of its gradient inf"):
-        train_stage(recipe)
-    assert not Path("runs/orders/adapter").exists() and not list(Path("runs").rglob("step-*"))
 
 
 def test_a_refused_new_run_leaves_nothing_and_can_be_started_again(recipe: Recipe) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from myna.data.conversation import Conversation, Message
+from myna.data.conversation import Conversation, Message, Place
 from myna.data.template import PLAIN_TEMPLATE, compile_template, plain_template, read_template
 from myna.errors import DataError, ModelError, UsageError
 from myna.run import read_json
@@ -39,6 +39,7 @@ class Example:
     input_ids_T: IntArray
     labels_T: IntArray
     num_cut: int = 0
+    place: Place | None = None
 
     @property
     def num_targets(self) -> int:
@@ -176,7 +177,7 @@ def render_example(conversation: Conversation, tokenizer: ChatTokenizer, max_len
     """
     ids_T, labels_T = render_pieces(conversation, tokenizer)
     num_cut = max(0, len(ids_T) - max_length)
-    return Example(ids_T[:max_length], labels_T[:max_length], num_cut)
+    return Example(ids_T[:max_length], labels_T[:max_length], num_cut, conversation.place)
 
 
 def render_pieces(

@@ -92,7 +92,7 @@ class _Block(torch.autograd.Function):
         # an activation is made again from `middle`, an attention's answer is kept: its backward reads it
         ctx.answer = answer if isinstance(block, AttentionBlock) else answer[:, inside.shape[1] :].clone()
         ctx.raw, ctx.post_stats = raw, post_stats
-        return x + y if residual else y
+        return y.add_(x) if residual else y  # y is new: a product's answer, or a norm's
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
@@ -103,31 +103,49 @@ class _Block(torch.autograd.Function):
             g = kernels.norm_back(g, ctx.raw, block.post_norm, ctx.post_stats, None)
         ggh = block.outer.gradient_buffer(x)
         ggh[:, : block.outer.frozen.num_out] = g
+        block.outer.low_gradient(ggh)
+        if not (ctx.needs_input_grad[0] or block.inner.parts):
+            return None, None, None, None, *block.outer.adapter_gradients(ggh, _answer_again(ctx, kernels))
+        g_answer = block.outer.input_gradient(ggh, kernels)
+        inner_ggh = block.inner.gradient_buffer(x)
+        g_middle = inner_ggh[:, : block.inner.frozen.num_out]
         if isinstance(block, AttentionBlock):
             answer = ctx.answer
             inside = answer[:, : block.outer.frozen.num_in]
-        else:
-            answer = block.outer.input_buffer(x)
-            inside = answer[:, : block.outer.frozen.num_in]
-            answer[:, inside.shape[1] :] = ctx.answer
-            kernels.gate(middle, block.activation, block.gated, inside)
-        needs_inner = ctx.needs_input_grad[0] or any(p.requires_grad for p in block.inner.parameters)
-        g_answer, outer = block.outer.backward(ggh, answer, kernels, needs_input=needs_inner)
-        if g_answer is None:
-            return None, None, None, None, *([None] * len(block.inner.parameters)), *outer
-        ggh = block.inner.gradient_buffer(x)
-        g_middle = ggh[:, : block.inner.frozen.num_out]
-        if isinstance(block, AttentionBlock):
             kernels.attention_back(
                 g_answer, middle, inside, ctx.attended, block.spec, tools.rope, tools.layout, g_middle
             )
         else:
-            kernels.gate_back(g_answer, middle, block.activation, block.gated, g_middle)
+            answer = _answer_buffer(ctx)
+            inside = answer[:, : block.outer.frozen.num_in]
+            kernels.gate_back(g_answer, middle, block.activation, block.gated, g_middle, inside)
+        outer = block.outer.adapter_gradients(ggh, answer)
+        block.inner.low_gradient(inner_ggh)
         xh = block.inner.input_buffer(x)
         xh[:, x.shape[1] :] = ctx.h
         kernels.norm(x, block.norm, xh[:, : x.shape[1]])
-        gx, inner = block.inner.backward(ggh, xh, kernels, needs_input=ctx.needs_input_grad[0])
-        if gx is not None:
+        gx = None
+        if ctx.needs_input_grad[0]:
+            gx = block.inner.input_gradient(inner_ggh, kernels)
             gx = kernels.norm_back(gx, x, block.norm, ctx.stats, coming if ctx.residual else None)
+        inner = block.inner.adapter_gradients(inner_ggh, xh)
         ctx.x = ctx.middle = ctx.attended = ctx.answer = ctx.h = ctx.raw = None
         return gx, None, None, None, *inner, *outer
+
+
+def _answer_buffer(ctx: Any) -> torch.Tensor:
+    """The outer product's input of an MLP, with h in its last columns and the rest to be filled."""
+    outer = ctx.block.outer
+    answer = outer.input_buffer(ctx.x)
+    answer[:, outer.frozen.num_in :] = ctx.answer
+    return answer  # type: ignore[no-any-return]
+
+
+def _answer_again(ctx: Any, kernels: Kernels) -> torch.Tensor:
+    """The outer product's input as it was in the forward."""
+    block = ctx.block
+    if isinstance(block, AttentionBlock):
+        return ctx.answer  # type: ignore[no-any-return]
+    answer = _answer_buffer(ctx)
+    kernels.gate(ctx.middle, block.activation, block.gated, answer[:, : block.outer.frozen.num_in])
+    return answer

@@ -13,10 +13,10 @@ import torch
 from myna.data.packing import Batch
 from myna.engine.blocks import PackTools, run_block
 from myna.engine.families import FAST, DecoderLayer, layer_norm, rms_norm
-from myna.engine.frozen import DenseWeight, FrozenWeight, Int8Weight
+from myna.engine.frozen import DenseWeight, Int8Weight, WatchedWeight
 from myna.engine.kernels import Kernels, Norm, Rope
 from myna.engine.layout import plan_layout
-from myna.engine.lora import LoraGroup, MakeWeight
+from myna.engine.lora import LoraGroup
 from myna.engine.loss import target_loss
 
 
@@ -24,31 +24,53 @@ class FastDecoder:
     """A peft model taken apart for packs. The adapter's parameters stay peft's; the base's weights move in here.
 
     `checkpoint_layers`: 0 keeps what the backward needs, n keeps every n-th layer's input alone and runs the layers again.
+    `head_tokens`: target tokens that the head projects at a time (see `engine.loss`).
     """
 
     def __init__(
-        self, model: Any, kernels: Kernels, *, quantize: str = "none", checkpoint_layers: int = 0
+        self,
+        model: Any,
+        kernels: Kernels,
+        *,
+        checkpoint_layers: int = 0,
+        head_tokens: int | None = None,
     ) -> None:
         causal_lm = model.get_base_model()
         self.config = causal_lm.config.get_text_config()
         self.kernels = kernels
         self.checkpoint_layers = checkpoint_layers
+        self.head_tokens = head_tokens
         self._family = FAST[self.config.model_type]
         self._base = causal_lm.base_model
         self._head_Vd = causal_lm.get_output_embeddings().weight
         self._softcap = getattr(self.config, "final_logit_softcapping", None)
         self._embedding = getattr(self._base, self._family.embedding)
         self._final = _norm_of(self.config.model_type, getattr(self._base, self._family.final_norm))
-        make = weight_maker(quantize)
         self.layers: list[DecoderLayer] = []
         for index, layer in enumerate(self._base.layers):
-            self.layers.append(self._family.layer(layer, self.config, index, make))
+            self.layers.append(self._family.layer(layer, self.config, index))
             _let_go(layer)
 
     def refresh(self) -> None:
         """Takes the adapter's present values into the products: after every optimizer step."""
         for group in self.groups():
             group.refresh()
+
+    @torch.no_grad()
+    def quantize_int8(self, calibration: Batch) -> None:
+        """Turns every frozen weight to int8; `calibration` is a pack of the rows that will be trained on.
+
+        A forward over it tells how large each input column gets. Layer by layer, so that no second copy of all is held.
+        """
+        watched = []
+        for group in self.groups():
+            assert isinstance(group.frozen, DenseWeight), "the weights are quantized already"
+            group.frozen = watch = WatchedWeight(group.frozen)
+            watched.append((group, watch))
+        self.hidden(calibration)
+        for group, watch in watched:
+            group.frozen = Int8Weight(watch.dense, watch.largest_K)
+            del watch.dense
 
     def groups(self) -> Iterator[LoraGroup]:
         """Every group of linears, in the order of the forward."""
@@ -78,7 +100,10 @@ class FastDecoder:
         x_Nd = self.hidden(batch).index_select(0, batch.target_index_N.to(device))
         hidden_Nd = _FinalNorm.apply(x_Nd, self._final, self.kernels)
         assert isinstance(hidden_Nd, torch.Tensor)
-        return target_loss(hidden_Nd, self._head_Vd, batch.targets_N.to(device), self.kernels, softcap=self._softcap)
+        targets_N = batch.targets_N.to(device)
+        return target_loss(
+            hidden_Nd, self._head_Vd, targets_N, self.kernels, chunk=self.head_tokens, softcap=self._softcap
+        )
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """The residual stream after the last layer: [T, d]."""
@@ -160,18 +185,6 @@ class _FinalNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return ctx.kernels.norm_back(gradients[0], ctx.x, ctx.norm, ctx.stats, None), None, None
-
-
-def weight_maker(quantize: str) -> MakeWeight:
-    """How a frozen weight is stored, by the recipe's `model.quantize`."""
-
-    def make(weight_NK: torch.Tensor, bias_N: torch.Tensor | None, rank: int) -> FrozenWeight:
-        if quantize == "int8":
-            return Int8Weight(weight_NK, bias_N, rank, weight_NK.dtype)
-        assert quantize == "none", quantize
-        return DenseWeight(weight_NK, bias_N, rank)
-
-    return make
 
 
 def _norm_of(model_type: str, module: Any) -> Norm:

@@ -14,7 +14,7 @@ import torch
 
 from myna.engine.blocks import AttentionBlock, MlpBlock
 from myna.engine.kernels import ActivationName, AttentionSpec, Norm
-from myna.engine.lora import LoraGroup, MakeWeight
+from myna.engine.lora import LoraGroup
 
 ACTIVATIONS: Mapping[str, ActivationName] = {
     "silu": "silu",
@@ -37,7 +37,7 @@ class DecoderLayer:
 class FastFamily:
     """How a family's base model is taken apart."""
 
-    layer: Callable[[Any, Any, int, MakeWeight], DecoderLayer]
+    layer: Callable[[Any, Any, int], DecoderLayer]
     embedding: str = "embed_tokens"
     final_norm: str = "norm"
     rope_by_layer_type: bool = False
@@ -91,59 +91,59 @@ def _window(config: Any, index: int) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-def _llama(layer: Any, config: Any, index: int, make: MakeWeight) -> DecoderLayer:
+def _llama(layer: Any, config: Any, index: int) -> DecoderLayer:
     attention, mlp = layer.self_attn, layer.mlp
     spec = _stacked(attention, config, window=_window(config, index))
     return DecoderLayer(
         AttentionBlock(
             norm=rms_norm(layer.input_layernorm),
-            inner=LoraGroup([attention.q_proj, attention.k_proj, attention.v_proj], make),
+            inner=LoraGroup([attention.q_proj, attention.k_proj, attention.v_proj]),
             spec=spec,
-            outer=LoraGroup([attention.o_proj], make),
+            outer=LoraGroup([attention.o_proj]),
         ),
         MlpBlock(
             norm=rms_norm(layer.post_attention_layernorm),
-            inner=LoraGroup([mlp.gate_proj, mlp.up_proj], make),
+            inner=LoraGroup([mlp.gate_proj, mlp.up_proj]),
             activation=ACTIVATIONS[config.hidden_act],
             gated=True,
-            outer=LoraGroup([mlp.down_proj], make),
+            outer=LoraGroup([mlp.down_proj]),
         ),
     )
 
 
-def _qwen3(layer: Any, config: Any, index: int, make: MakeWeight) -> DecoderLayer:
+def _qwen3(layer: Any, config: Any, index: int) -> DecoderLayer:
     attention = layer.self_attn
     spec = replace(
         _stacked(attention, config, window=_window(config, index)),
         query_norm=rms_norm(attention.q_norm),
         key_norm=rms_norm(attention.k_norm),
     )
-    plain = _llama(layer, config, index, make)
+    plain = _llama(layer, config, index)
     return replace(plain, attention=replace(plain.attention, spec=spec))
 
 
-def _gemma(layer: Any, config: Any, index: int, make: MakeWeight) -> DecoderLayer:
+def _gemma(layer: Any, config: Any, index: int) -> DecoderLayer:
     attention, mlp = layer.self_attn, layer.mlp
     return DecoderLayer(
         AttentionBlock(
             norm=rms_norm(layer.input_layernorm, plus_one=True),
-            inner=LoraGroup([attention.q_proj, attention.k_proj, attention.v_proj], make),
+            inner=LoraGroup([attention.q_proj, attention.k_proj, attention.v_proj]),
             spec=_stacked(attention, config, window=_window(config, index)),
-            outer=LoraGroup([attention.o_proj], make),
+            outer=LoraGroup([attention.o_proj]),
         ),
         MlpBlock(
             norm=rms_norm(layer.post_attention_layernorm, plus_one=True),
-            inner=LoraGroup([mlp.gate_proj, mlp.up_proj], make),
+            inner=LoraGroup([mlp.gate_proj, mlp.up_proj]),
             # transformers reads hidden_activation where a Gemma's config has one
             activation=ACTIVATIONS[getattr(config, "hidden_activation", None) or config.hidden_act],
             gated=True,
-            outer=LoraGroup([mlp.down_proj], make),
+            outer=LoraGroup([mlp.down_proj]),
         ),
     )
 
 
-def _gemma2(layer: Any, config: Any, index: int, make: MakeWeight) -> DecoderLayer:
-    plain = _gemma(layer, config, index, make)
+def _gemma2(layer: Any, config: Any, index: int) -> DecoderLayer:
+    plain = _gemma(layer, config, index)
     spec = replace(plain.attention.spec, softcap=getattr(config, "attn_logit_softcapping", None))
     return DecoderLayer(
         replace(plain.attention, spec=spec, post_norm=rms_norm(layer.post_attention_layernorm, plus_one=True)),
@@ -155,8 +155,8 @@ def _gemma2(layer: Any, config: Any, index: int, make: MakeWeight) -> DecoderLay
     )
 
 
-def _gemma3(layer: Any, config: Any, index: int, make: MakeWeight) -> DecoderLayer:
-    plain = _gemma2(layer, config, index, make)
+def _gemma3(layer: Any, config: Any, index: int) -> DecoderLayer:
+    plain = _gemma2(layer, config, index)
     attention = layer.self_attn
     spec = replace(
         plain.attention.spec,
@@ -166,26 +166,26 @@ def _gemma3(layer: Any, config: Any, index: int, make: MakeWeight) -> DecoderLay
     return replace(plain, attention=replace(plain.attention, spec=spec, rope_name=config.layer_types[index]))
 
 
-def _phi3(layer: Any, config: Any, index: int, make: MakeWeight) -> DecoderLayer:
+def _phi3(layer: Any, config: Any, index: int) -> DecoderLayer:
     attention, mlp = layer.self_attn, layer.mlp
     return DecoderLayer(
         AttentionBlock(
             norm=rms_norm(layer.input_layernorm),
-            inner=LoraGroup([attention.qkv_proj], make),
+            inner=LoraGroup([attention.qkv_proj]),
             spec=_stacked(attention, config, window=_window(config, index)),
-            outer=LoraGroup([attention.o_proj], make),
+            outer=LoraGroup([attention.o_proj]),
         ),
         MlpBlock(
             norm=rms_norm(layer.post_attention_layernorm),
-            inner=LoraGroup([mlp.gate_up_proj], make),
+            inner=LoraGroup([mlp.gate_up_proj]),
             activation=ACTIVATIONS[config.hidden_act],
             gated=True,
-            outer=LoraGroup([mlp.down_proj], make),
+            outer=LoraGroup([mlp.down_proj]),
         ),
     )
 
 
-def _gpt_neox(layer: Any, config: Any, index: int, make: MakeWeight) -> DecoderLayer:
+def _gpt_neox(layer: Any, config: Any, index: int) -> DecoderLayer:
     attention, mlp = layer.attention, layer.mlp
     heads, width = config.num_attention_heads, attention.head_size
     spec = AttentionSpec(
@@ -203,16 +203,16 @@ def _gpt_neox(layer: Any, config: Any, index: int, make: MakeWeight) -> DecoderL
     return DecoderLayer(
         AttentionBlock(
             norm=layer_norm(layer.input_layernorm),
-            inner=LoraGroup([attention.query_key_value], make),
+            inner=LoraGroup([attention.query_key_value]),
             spec=spec,
-            outer=LoraGroup([attention.dense], make),
+            outer=LoraGroup([attention.dense]),
         ),
         MlpBlock(
             norm=layer_norm(layer.post_attention_layernorm),
-            inner=LoraGroup([mlp.dense_h_to_4h], make),
+            inner=LoraGroup([mlp.dense_h_to_4h]),
             activation=ACTIVATIONS[config.hidden_act],
             gated=False,
-            outer=LoraGroup([mlp.dense_4h_to_h], make),
+            outer=LoraGroup([mlp.dense_4h_to_h]),
         ),
         parallel=bool(config.use_parallel_residual),
     )

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from myna.engine.kernels import Kernels
 
 INT8_MOST = 127
+SMALLEST = 1e-5  # of a column's largest value, so that one of zeros divides by something
 
 
 class FrozenWeight(Protocol):
@@ -52,10 +53,10 @@ class DenseWeight:
         self.b_NR = store[: self.num_out, self.num_in :]
         self._forward = store[: self.num_out]
         self._backward = store[:, : self.num_in]
-        self._bias = bias_N
+        self.bias_N = bias_N
 
     def product(self, xh: torch.Tensor, kernels: Kernels) -> torch.Tensor:
-        return F.linear(xh, self._forward, self._bias)
+        return F.linear(xh, self._forward, self.bias_N)
 
     def product_back(self, ggh: torch.Tensor, kernels: Kernels) -> torch.Tensor:
         return ggh @ self._backward
@@ -64,23 +65,26 @@ class DenseWeight:
 class Int8Weight:
     """A weight as int8 with one scale an output row: one copy for both directions.
 
-    The activation is quantized per token. In the backward the weight's scales are folded into the gradient before it
-    is quantized, so the same int8 serves. The idea of per-token, per-output-channel int8: Dettmers et al. 2022,
-    "LLM.int8()", section 2 (vector-wise quantization); here without its outlier decomposition.
+    The activation is quantized per token (vector-wise quantization: Dettmers et al. 2022, "LLM.int8()", section 2). A few
+    input columns of a language model are many times larger than the rest and would take the whole range; where
+    `largest_K`, the largest |x| by column, is known, part of it is moved into the weight first (Xiao et al. 2023,
+    "SmoothQuant", equation 4): x W = (x / s)(s W). In the backward the weight's scales are folded into the gradient before
+    it is quantized, so the same int8 serves.
     """
 
-    def __init__(
-        self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, rank: int, dtype: torch.dtype
-    ) -> None:
-        self.num_out, self.num_in = weight_NK.shape
-        self.rank = rank
+    def __init__(self, dense: DenseWeight, largest_K: torch.Tensor | None = None) -> None:
+        self.num_out, self.num_in, self.rank = dense.num_out, dense.num_in, dense.rank
+        weight_NK = dense.weight_NK
+        self._evened_K = None
+        if largest_K is not None:
+            smooth_K = smoothing(largest_K, weight_NK)
+            weight_NK, self._evened_K = weight_NK * smooth_K, 1 / smooth_K
         self.quants_NK, self.scale_N = quantize_weight(weight_NK)
-        self.a_RK = torch.zeros(rank, self.num_in, dtype=dtype)
-        self.b_NR = torch.zeros(self.num_out, rank, dtype=dtype)
-        self._bias = None if bias_N is None else bias_N.to(dtype)
+        self.a_RK, self.b_NR = dense.a_RK.clone(), dense.b_NR.clone()
+        self._bias = dense.bias_N
 
     def product(self, xh: torch.Tensor, kernels: Kernels) -> torch.Tensor:
-        quants_TK, scale_T = kernels.quantize_rows(xh[:, : self.num_in], None)
+        quants_TK, scale_T = kernels.quantize_rows(xh[:, : self.num_in], self._evened_K)
         low_TN = xh[:, self.num_in :] @ self.b_NR.T if self.rank else None
         sums_TN = torch._int_mm(quants_TK, self.quants_NK.T)
         return kernels.dequantize(sums_TN, scale_T, self.scale_N, low_TN, self._bias, xh.dtype)
@@ -89,7 +93,31 @@ class Int8Weight:
         quants_TN, scale_T = kernels.quantize_rows(ggh[:, : self.num_out], self.scale_N)
         low_TK = ggh[:, self.num_out :] @ self.a_RK if self.rank else None
         sums_TK = torch._int_mm(quants_TN, self.quants_NK)
-        return kernels.dequantize(sums_TK, scale_T, None, low_TK, None, ggh.dtype)
+        return kernels.dequantize(sums_TK, scale_T, self._evened_K, low_TK, None, ggh.dtype)
+
+
+class WatchedWeight:
+    """A weight that notes the largest |x| of each input column while products are asked of it."""
+
+    def __init__(self, dense: DenseWeight) -> None:
+        self.dense = dense
+        self.num_out, self.num_in, self.rank = dense.num_out, dense.num_in, dense.rank
+        self.a_RK, self.b_NR = dense.a_RK, dense.b_NR
+        self.largest_K = torch.zeros(dense.num_in, device=dense.a_RK.device)
+
+    def product(self, xh: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+        largest_K = xh[:, : self.num_in].abs().amax(0).float()
+        self.largest_K = torch.maximum(self.largest_K, largest_K)
+        return self.dense.product(xh, kernels)
+
+    def product_back(self, ggh: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+        return self.dense.product_back(ggh, kernels)
+
+
+def smoothing(largest_K: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
+    """By how much each input column is divided, and the weight's column multiplied: √(largest |x| / largest |w|)."""
+    weight_K = weight_NK.abs().amax(0).float().clamp(min=SMALLEST)
+    return (largest_K.clamp(min=SMALLEST) / weight_K).sqrt()
 
 
 def quantize_weight(weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -72,9 +72,15 @@ class Kernels(Protocol):
         """act(h[:, :I]) · h[:, I:] where gated, else act(h), into `out`."""
 
     def gate_back(
-        self, g: torch.Tensor, h: torch.Tensor, activation: ActivationName, gated: bool, out: torch.Tensor
+        self,
+        g: torch.Tensor,
+        h: torch.Tensor,
+        activation: ActivationName,
+        gated: bool,
+        out: torch.Tensor,
+        again: torch.Tensor,
     ) -> None:
-        """The gradient in h into `out`."""
+        """The gradient in h into `out`, and once more what `gate` writes, into `again`."""
 
     def attention(
         self, qkv: torch.Tensor, spec: AttentionSpec, rope: Rope, layout: PackLayout, out: torch.Tensor
@@ -152,8 +158,15 @@ class TorchKernels:
         torch.mul(_act(gate, activation), up, out=out)
 
     def gate_back(
-        self, g: torch.Tensor, h: torch.Tensor, activation: ActivationName, gated: bool, out: torch.Tensor
+        self,
+        g: torch.Tensor,
+        h: torch.Tensor,
+        activation: ActivationName,
+        gated: bool,
+        out: torch.Tensor,
+        again: torch.Tensor,
     ) -> None:
+        self.gate(h, activation, gated, again)
         if not gated:
             out.copy_(_act_back(g, h, activation))
             return
@@ -192,7 +205,7 @@ class TorchKernels:
         high = x.float() if fold is None else x.float() * fold
         scale = high.abs().amax(1) / 127
         inverse = torch.where(scale > 0, 1 / scale, 0.0)
-        return high.mul_(inverse[:, None]).round_().to(torch.int8), scale
+        return high.mul(inverse[:, None]).round_().to(torch.int8), scale
 
     def dequantize(
         self,
@@ -232,12 +245,7 @@ def plain_attention(
     qkv: torch.Tensor, spec: AttentionSpec, rope: Rope, layout: PackLayout
 ) -> torch.Tensor:
     """Rotary embedding and causal attention inside documents, with a gradient: [T, ...] to [T, H · D] in float32."""
-    high = _exact(qkv)
-    query = _heads(high, spec.query_at, spec.query_step, spec.num_heads, spec.head_dim)
-    key = _heads(high, spec.key_at, spec.kv_step, spec.num_kv_heads, spec.head_dim)
-    value = _heads(high, spec.value_at, spec.kv_step, spec.num_kv_heads, spec.head_dim)
-    query = _rotate(_head_norm(query, spec.query_norm), rope, spec.rotary_dim)
-    key = _rotate(_head_norm(key, spec.key_norm), rope, spec.rotary_dim)
+    query, key, value = turned_heads(_exact(qkv), spec, rope)
     query, key, value = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (query, key, value))
     answers = []
     for group in layout.groups:
@@ -246,6 +254,18 @@ def plain_attention(
         flat = answer_GHLD.transpose(1, 2).flatten(0, 1).flatten(1)
         answers.append(flat.index_select(0, group.keep_N))
     return torch.cat(answers).index_select(0, layout.restore_T)
+
+
+def turned_heads(
+    qkv: torch.Tensor, spec: AttentionSpec, rope: Rope
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries [T, H, D], keys and values [T, K, D] of the fused product; queries and keys normed and turned by position."""
+    query = _heads(qkv, spec.query_at, spec.query_step, spec.num_heads, spec.head_dim)
+    key = _heads(qkv, spec.key_at, spec.kv_step, spec.num_kv_heads, spec.head_dim)
+    value = _heads(qkv, spec.value_at, spec.kv_step, spec.num_kv_heads, spec.head_dim)
+    query = _rotate(_head_norm(query, spec.query_norm), rope, spec.rotary_dim)
+    key = _rotate(_head_norm(key, spec.key_norm), rope, spec.rotary_dim)
+    return query, key, value
 
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:

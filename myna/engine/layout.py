@@ -30,7 +30,7 @@ class DocumentGroup:
     num_documents: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackLayout:
     """Where a pack's tokens lie, in the form that plain torch asks for and in the one that the C kernels ask for."""
 
@@ -68,6 +68,11 @@ class PackLayout:
             token_order.append(flat[keep_N])
             groups.append(DocumentGroup(flat.to(self.device), keep_N.to(self.device), len(members)))
         return tuple(groups), torch.argsort(torch.cat(token_order)).to(self.device)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return max(self.batch.lengths)
 
     @cached_property
     def tree(self) -> SegmentTree:

@@ -9,17 +9,16 @@ with s = alpha / r. The modules, their names and their weights are peft's; here 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from myna.engine.frozen import FrozenWeight
+from myna.engine.frozen import DenseWeight, FrozenWeight
 from myna.engine.kernels import Kernels
 
 ADAPTER_NAME = "default"
-MakeWeight = Callable[[torch.Tensor, torch.Tensor | None, int], FrozenWeight]
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,9 @@ class LoraPart:
 class LoraGroup:
     """Linear layers with one input. Gradients come back in the order of `parameters`."""
 
-    def __init__(self, modules: Sequence[Any], make_weight: MakeWeight) -> None:
+    frozen: FrozenWeight
+
+    def __init__(self, modules: Sequence[Any]) -> None:
         bases = [getattr(module, "base_layer", module) for module in modules]
         parts, row, rank = [], 0, 0
         for module, base in zip(modules, bases, strict=True):
@@ -50,7 +51,7 @@ class LoraGroup:
         self.parts = tuple(parts)
         self.parameters = tuple(p for part in parts for p in (part.a, part.b))
         weight = torch.cat([base.weight.detach() for base in bases]) if len(bases) > 1 else bases[0].weight.detach()
-        self.frozen = make_weight(weight, _bias(bases), rank)
+        self.frozen = DenseWeight(weight, _bias(bases), rank)
         self._exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.refresh()
 
@@ -76,20 +77,29 @@ class LoraGroup:
             torch.mm(xh[:, :num_in], self.frozen.a_RK.T, out=xh[:, num_in:])
         return self.frozen.product(xh, kernels)
 
-    def backward(
-        self, ggh: torch.Tensor, xh: torch.Tensor, kernels: Kernels, *, needs_input: bool
-    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """The gradient in x (None where nobody needs it) and in `parameters`; fills the last columns of `ggh`."""
+    def low_gradient(self, ggh: torch.Tensor) -> None:
+        """Fills the last R columns of `ggh` with the gradient in h: first of the three parts of a backward."""
+        num_out = self.frozen.num_out
+        for part in self.parts:
+            gh = ggh[:, num_out + part.ranks.start : num_out + part.ranks.stop]
+            torch.mm(ggh[:, part.rows], self.frozen.b_NR[part.rows, part.ranks], out=gh)
+
+    def input_gradient(self, ggh: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+        """The gradient in x, [T, K]; left out where nobody needs it."""
+        return self.frozen.product_back(ggh, kernels)
+
+    def adapter_gradients(self, ggh: torch.Tensor, xh: torch.Tensor) -> list[torch.Tensor]:
+        """The gradients in `parameters`."""
         num_out, num_in = self.frozen.num_out, self.frozen.num_in
+        if not self.parts:
+            return []
+        ga_RK = (ggh[:, num_out:].T @ xh[:, :num_in]).to(self._exact)
         gradients = []
         for part in self.parts:
-            g = ggh[:, part.rows]
-            gh = ggh[:, num_out + part.ranks.start : num_out + part.ranks.stop]
-            torch.mm(g, self.frozen.b_NR[part.rows, part.ranks], out=gh)
             h = xh[:, num_in + part.ranks.start : num_in + part.ranks.stop]
-            gradients.append((gh.T @ xh[:, :num_in]).to(self._exact))
-            gradients.append((g.T @ h).to(self._exact).mul_(part.scaling))
-        return self.frozen.product_back(ggh, kernels) if needs_input else None, gradients
+            gradients.append(ga_RK[part.ranks])
+            gradients.append((ggh[:, part.rows].T @ h).to(self._exact).mul_(part.scaling))
+        return gradients
 
 
 def _bias(bases: Sequence[Any]) -> torch.Tensor | None:

@@ -1,14 +1,33 @@
-"""Memory: what this process has held at most, and giving back to the OS what it no longer holds."""
+"""Memory: what this machine has, what this process holds and held at most, and giving back what it no longer holds."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
+
+
+def total_memory_mb(device: str = "cpu") -> float:
+    """All memory of the device in MB (10⁶ bytes), cut to a container's limit (Linux cgroup v2); never what is free now."""
+    if device == "cuda":
+        import torch
+
+        return float(torch.cuda.get_device_properties(0).total_memory) / 1e6
+    total = int(psutil.virtual_memory().total)
+    limit = Path("/sys/fs/cgroup/memory.max")
+    told = limit.read_text().strip() if limit.is_file() else "max"
+    return (total if told == "max" else min(total, int(told))) / 1e6
+
+
+def memory_mb() -> float:
+    """What this process holds now, in MB (10⁶ bytes)."""
+    return float(psutil.Process().memory_info().rss) / 1e6
 
 
 def peak_memory_mb() -> float:
@@ -29,6 +48,27 @@ def give_back_memory() -> None:
     trim = _malloc_trim()
     if trim is not None:
         trim(0)
+
+
+@contextlib.contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """Inside, Python's garbage collector runs when it is called and not by itself.
+
+    Left alone it looks through every object of torch and transformers many times a step, and finds nothing. What is there at
+    the beginning is never looked at again (gc.freeze); afterwards all is as it was.
+    """
+    was_on, is_first = gc.isenabled(), not gc.get_freeze_count()
+    gc.collect()
+    if is_first:
+        gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_first:
+            gc.unfreeze()
+        if was_on:
+            gc.enable()
 
 
 def forget_models() -> None:

@@ -149,22 +149,24 @@ ALWAYS vf vtanh(vf x) { return 1.0f - 2.0f / (vexp(x + x) + 1.0f); }
         for (int r = 0; r < NR; r++)                                                                              \
             for (int v = 0; v < NV; v++) store_f(out + r * ldo + v * VW, acc[r][v]);                              \
     }
-DOTS(4, 4) DOTS(4, 2) DOTS(4, 1) DOTS(1, 4) DOTS(1, 2) DOTS(1, 1)
+DOTS(4, 4) DOTS(4, 3) DOTS(4, 2) DOTS(4, 1) DOTS(1, 4) DOTS(1, 3) DOTS(1, 2) DOTS(1, 1)
 
 ALWAYS void dots(const float *rows, int64_t ldr, int nr, const float *mt, int64_t ld, int64_t D, int64_t n, float *out,
                  int64_t ldo) {
     int64_t j = 0;
     while (j < n) {
         int64_t left = n - j;
-        int nv = left > 2 * VW ? 4 : left > VW ? 2 : 1;
+        int nv = left > 3 * VW ? 4 : left > 2 * VW ? 3 : left > VW ? 2 : 1;
         if (nr == 4) {
             if (nv == 4) dots_4_4(rows, ldr, mt + j, ld, D, out + j, ldo);
+            else if (nv == 3) dots_4_3(rows, ldr, mt + j, ld, D, out + j, ldo);
             else if (nv == 2) dots_4_2(rows, ldr, mt + j, ld, D, out + j, ldo);
             else dots_4_1(rows, ldr, mt + j, ld, D, out + j, ldo);
         } else {
             for (int r = 0; r < nr; r++) {
                 if (nv == 4) dots_1_4(rows + r * ldr, ldr, mt + j, ld, D, out + r * ldo + j, ldo);
-                else if (nv == 2) dots_1_2(rows + r * ldr, ldr, mt + j, ld, D, out + r * ldo + j, ldo);
+                else if (nv == 3) dots_1_3(rows + r * ldr, ldr, mt + j, ld, D, out + r * ldo + j, ldo);
+            else if (nv == 2) dots_1_2(rows + r * ldr, ldr, mt + j, ld, D, out + r * ldo + j, ldo);
                 else dots_1_1(rows + r * ldr, ldr, mt + j, ld, D, out + r * ldo + j, ldo);
             }
         }
@@ -172,10 +174,10 @@ ALWAYS void dots(const float *rows, int64_t ldr, int nr, const float *mt, int64_
     }
 }
 
-/* out[r] += sum over j < n of p[r][j] · mat[j] ([n][D]); D is a multiple of VW */
+/* out[r] += sum over j < n of p[r · ldp + j · step] · mat[j] ([n][D]); D is a multiple of VW */
 #define BLEND(NR, NV)                                                                                             \
-    static void blend_##NR##_##NV(const float *p, int64_t ldp, int64_t n, const float *mat, int64_t D, float *out,   \
-                                  int64_t ldo) {                                                                  \
+    static void blend_##NR##_##NV(const float *p, int64_t ldp, int64_t step, int64_t n, const float *mat, int64_t D, \
+                                  float *out, int64_t ldo) {                                                      \
         vf acc[NR][NV];                                                                                           \
         for (int r = 0; r < NR; r++)                                                                              \
             for (int v = 0; v < NV; v++) acc[r][v] = load_f(out + r * ldo + v * VW);                              \
@@ -183,7 +185,7 @@ ALWAYS void dots(const float *rows, int64_t ldr, int nr, const float *mt, int64_
             vf b[NV];                                                                                             \
             for (int v = 0; v < NV; v++) b[v] = load_f(mat + j * D + v * VW);                                     \
             for (int r = 0; r < NR; r++) {                                                                        \
-                vf a = splat(p[r * ldp + j]);                                                                     \
+                vf a = splat(p[r * ldp + j * step]);                                                              \
                 for (int v = 0; v < NV; v++) acc[r][v] += a * b[v];                                               \
             }                                                                                                     \
         }                                                                                                         \
@@ -192,16 +194,17 @@ ALWAYS void dots(const float *rows, int64_t ldr, int nr, const float *mt, int64_
     }
 BLEND(4, 4) BLEND(4, 1) BLEND(1, 4) BLEND(1, 1)
 
-ALWAYS void blend(const float *p, int64_t ldp, int nr, int64_t n, const float *mat, int64_t D, float *out, int64_t ldo) {
+ALWAYS void blend(const float *p, int64_t ldp, int64_t step, int nr, int64_t n, const float *mat, int64_t D, float *out,
+                  int64_t ldo) {
     for (int64_t c = 0; c < D;) {
         int nv = D - c >= 4 * VW ? 4 : 1;
         if (nr == 4) {
-            if (nv == 4) blend_4_4(p, ldp, n, mat + c, D, out + c, ldo);
-            else blend_4_1(p, ldp, n, mat + c, D, out + c, ldo);
+            if (nv == 4) blend_4_4(p, ldp, step, n, mat + c, D, out + c, ldo);
+            else blend_4_1(p, ldp, step, n, mat + c, D, out + c, ldo);
         } else {
             for (int r = 0; r < nr; r++) {
-                if (nv == 4) blend_1_4(p + r * ldp, ldp, n, mat + c, D, out + r * ldo + c, ldo);
-                else blend_1_1(p + r * ldp, ldp, n, mat + c, D, out + r * ldo + c, ldo);
+                if (nv == 4) blend_1_4(p + r * ldp, ldp, step, n, mat + c, D, out + r * ldo + c, ldo);
+                else blend_1_1(p + r * ldp, ldp, step, n, mat + c, D, out + r * ldo + c, ldo);
             }
         }
         c += nv * VW;
@@ -232,6 +235,8 @@ typedef struct {
     float *ot;                    /* [H][D][ldt]: the incoming gradient */
     float *delta;                 /* [H][T] */
     float *gq, *gk, *gv;          /* gradients, as q, k, v */
+    float *p, *gp;                /* [H][T][ldp]: probabilities and their scores' gradients by key position; null: not kept */
+    int64_t ldp;
 } attention_job;
 
 enum { ROWS = 4 };
@@ -265,7 +270,7 @@ static void row_blend(const attention_job *a, const int64_t *chain, int depth, i
         const int64_t *s = a->segments + 4 * chain[n];
         int64_t from = MAX(s[2], first_seen), to = MIN(s[2] + s[1] - 1, last);
         if (to < from) continue;
-        blend(p + from, ldp, nr, to - from + 1, mat + (s[0] + (from - s[2])) * a->D, a->D, out, ldo);
+        blend(p + from, ldp, 1, nr, to - from + 1, mat + (s[0] + (from - s[2])) * a->D, a->D, out, ldo);
     }
 }
 
@@ -344,10 +349,11 @@ static void attend_back_q(void *job, int64_t piece) {
     row_ranges(a, block[0], chain, &depth);
     int64_t first = own[2] + block[1] - own[0], last = first + nr - 1;
     int64_t seen = MAX(0, first - a->window + 1);
-    int64_t ld = last + 1 + 4 * VW;
-    SCRATCH(s, ROWS * ld);
-    SCRATCH(gp, ROWS * ld);
     int64_t kv = head / (a->H / a->KV), at = head * a->T + block[1];
+    int64_t ld = a->p ? a->ldp : last + 1 + 4 * VW;
+    SCRATCH(near_s, a->p ? 1 : ROWS * ld);
+    SCRATCH(near_gp, a->p ? 1 : ROWS * ld);
+    float *s = a->p ? a->p + at * ld : near_s, *gp = a->p ? a->gp + at * ld : near_gp;
     row_dots(a, chain, depth, seen, last, a->q + at * a->D, nr, a->kt + kv * a->D * a->ldt, s, ld);
     row_dots(a, chain, depth, seen, last, a->o + at * a->D, nr, a->vt + kv * a->D * a->ldt, gp, ld);
     float *gq = a->gq + at * a->D;
@@ -359,13 +365,16 @@ static void attend_back_q(void *job, int64_t piece) {
             vf slope, p = probability(load_f(row + j), a->scale, a->softcap, lse, &slope);
             vi place = lanes() + (int32_t)j;
             vi in = (place >= (int32_t)begin) & (place <= (int32_t)end);
-            store_f(row + j, choose(in, p * (load_f(grow + j) - delta) * slope, splat(0)));
+            store_f(grow + j, choose(in, p * (load_f(grow + j) - delta) * slope, splat(0)));
+            store_f(row + j, choose(in, p, splat(0)));
         }
+        /* a block of keys that only the rows before this one see in part is read whole */
+        for (int64_t j = MAX(0, seen - ROWS); j < seen; j++) row[j] = grow[j] = 0;
         memset(gq + r * a->D, 0, sizeof(float) * a->D);
     }
-    row_blend(a, chain, depth, seen, last, s, ld, nr, a->k + kv * a->T * a->D, gq, a->D);
-    SCRATCH_END(gp);
-    SCRATCH_END(s);
+    row_blend(a, chain, depth, seen, last, gp, ld, nr, a->k + kv * a->T * a->D, gq, a->D);
+    SCRATCH_END(near_gp);
+    SCRATCH_END(near_s);
 }
 
 /* what the queries [from, from + n) of one head, the first at position p0, give the keys of a block */
@@ -373,6 +382,12 @@ static void give_back_kv(const attention_job *a, int64_t head, int64_t kv, const
                          int64_t n, int64_t p0, float *s, float *gp) {
     enum { WIDE = 256 };
     int nr = (int)block[2];
+    if (a->p) {
+        int64_t at = head * a->T + from, place = at * a->ldp + key0, own = (kv * a->T + block[1]) * a->D;
+        blend(a->p + place, 1, a->ldp, nr, n, a->o + at * a->D, a->D, a->gv + own, a->D);
+        blend(a->gp + place, 1, a->ldp, nr, n, a->q + at * a->D, a->D, a->gk + own, a->D);
+        return;
+    }
     const float *k = a->k + (kv * a->T + block[1]) * a->D, *v = a->v + (kv * a->T + block[1]) * a->D;
     float *gk = a->gk + (kv * a->T + block[1]) * a->D, *gv = a->gv + (kv * a->T + block[1]) * a->D;
     const float *qt = a->qt + head * a->D * a->ldt, *gt = a->ot + head * a->D * a->ldt;
@@ -394,8 +409,8 @@ static void give_back_kv(const attention_job *a, int64_t head, int64_t kv, const
                 store_f(gp + r * ld + j, g);
             }
         }
-        blend(s, ld, nr, wide, a->o + at * a->D, a->D, gv, a->D);
-        blend(gp, ld, nr, wide, a->q + at * a->D, a->D, gk, a->D);
+        blend(s, ld, 1, nr, wide, a->o + at * a->D, a->D, gv, a->D);
+        blend(gp, ld, 1, nr, wide, a->q + at * a->D, a->D, gk, a->D);
     }
 }
 

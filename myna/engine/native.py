@@ -8,34 +8,21 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from myna.engine.compiler import NotNative, compiled_kernels
 from myna.engine.kernels import ActivationName, AttentionSpec, Norm, Rope, TorchKernels
 from myna.engine.layout import PackLayout
 
-SOURCES = ("native.c", "native_typed.h")
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11")
-COMPILE_SECONDS = 120
 PADDING = 64  # floats after each row of a transposed copy: the kernels read and write whole vectors
 WIDEST_HEAD = 1024
+KEPT_SCORES = 16_000_000  # bytes of probabilities kept between the two passes of a backward; beyond, they are made twice
 NO_WINDOW = 1 << 40
 OPENMP_NAMES = ("libgomp", "libomp", "libiomp")
-
-
-class NotNative(Exception):
-    """Why there are no C kernels here, in words for the user."""
 
 
 class _Job(ctypes.Structure):
@@ -51,7 +38,8 @@ class _Job(ctypes.Structure):
         *((n, ctypes.c_void_p) for n in ("below", "below_at", "cos", "sin", "query_norm", "key_norm")),
         *((name, ctypes.c_float) for name in ("query_eps", "key_eps", "scale", "softcap")),
         *((n, ctypes.c_void_p) for n in ("q", "k", "v", "qt", "kt", "vt", "lse", "o", "ot", "delta")),
-        *((name, ctypes.c_void_p) for name in ("gq", "gk", "gv")),
+        *((name, ctypes.c_void_p) for name in ("gq", "gk", "gv", "p", "gp")),
+        ("ldp", ctypes.c_int64),
     )
 
 
@@ -69,8 +57,9 @@ class NativeKernels(TorchKernels):
 
     name = "native"
 
-    def __init__(self, library: NativeLibrary, threads: int) -> None:
+    def __init__(self, library: NativeLibrary, threads: int, kept_scores: int = KEPT_SCORES) -> None:
         self._library = library.functions
+        self._kept_scores = kept_scores
         self._scratch: dict[str, torch.Tensor] = {}
         parallel = _gomp_parallel()
         if parallel is None and threads > 1:
@@ -135,16 +124,21 @@ class NativeKernels(TorchKernels):
         self._call("myna_gate", h, h, h.stride(0), out, out.stride(0), len(h), h.shape[1] // 2, kind)
 
     def gate_back(
-        self, g: torch.Tensor, h: torch.Tensor, activation: ActivationName, gated: bool, out: torch.Tensor
+        self,
+        g: torch.Tensor,
+        h: torch.Tensor,
+        activation: ActivationName,
+        gated: bool,
+        out: torch.Tensor,
+        again: torch.Tensor,
     ) -> None:
         if not gated or activation == "gelu":
-            super().gate_back(g, h, activation, gated, out)
+            super().gate_back(g, h, activation, gated, out, again)
             return
         g, h, kind = _rows(g), _rows(h), 0 if activation == "silu" else 1
         width = h.shape[1] // 2
-        self._call(
-            "myna_gate_back", h, g, g.stride(0), h, h.stride(0), out, out.stride(0), len(h), width, kind
-        )
+        tensors = (g, h, out, again)
+        self._call("myna_gate_back", h, *(v for t in tensors for v in (t, t.stride(0))), len(h), width, kind)
 
     def attention(
         self, qkv: torch.Tensor, spec: AttentionSpec, rope: Rope, layout: PackLayout, out: torch.Tensor
@@ -186,13 +180,16 @@ class NativeKernels(TorchKernels):
         back: bool,
     ) -> _Job:
         tokens, heads, kv, width = len(qkv), spec.num_heads, spec.num_kv_heads, spec.head_dim
-        ldt = tokens + PADDING
+        ldt, ldp = tokens + PADDING, layout.longest + PADDING
         tree = layout.tree
         norms = [None if n is None else n for n in (spec.query_norm, spec.key_norm)]
         rooms = {name: self._room(name, h, tokens, width) for name, h in (("q", heads), ("k", kv), ("v", kv), ("o", heads))}
         rooms["kt"] = self._room("kt", kv, width, ldt)
         if back:
-            rooms |= {n: self._room(n, heads, width, ldt) for n in ("qt", "ot")}
+            if heads * tokens * ldp * 4 <= self._kept_scores:
+                rooms |= {n: self._room(n, heads, tokens, ldp) for n in ("p", "gp")}
+            else:
+                rooms |= {n: self._room(n, heads, width, ldt) for n in ("qt", "ot")}
             rooms |= {"vt": self._room("vt", kv, width, ldt), "gq": self._room("gq", heads, tokens, width)}
             rooms |= {n: self._room(n, kv, tokens, width) for n in ("gk", "gv")}
             rooms["delta"] = self._room("delta", heads, tokens)
@@ -210,6 +207,7 @@ class NativeKernels(TorchKernels):
             window=spec.window or NO_WINDOW,
             num_segments=len(tree.segments),
             ldt=ldt,
+            ldp=ldp,
             num_blocks=len(tree.blocks),
             scale=spec.scale,
             softcap=spec.softcap or 0.0,
@@ -273,74 +271,36 @@ def _fits(spec: AttentionSpec) -> bool:
     return spec.head_dim % 16 == 0 and spec.head_dim <= WIDEST_HEAD and spec.rotary_dim % 2 == 0
 
 
-# Compiling and loading
+# Loading
 
 
 def load_native(threads: int) -> NativeKernels:
-    """The C kernels, compiled where they are not yet. NotNative says why where they cannot be had."""
-    kernels = NativeKernels(native_library(), threads)
-    return kernels
+    """The C kernels, compiled where they are not yet, tried before first use. NotNative says why they cannot be had."""
+    _try_once(threads)
+    return NativeKernels(native_library(), threads)
+
+
+@functools.cache
+def _try_once(threads: int) -> None:
+    from myna.engine.native_check import KEPT_SCORES_TRIED, check_native
+
+    check_native(NativeKernels(native_library(), threads, KEPT_SCORES_TRIED))
 
 
 @functools.cache
 def native_library() -> NativeLibrary:
-    """Compiles (about two seconds) or finds in the cache."""
-    from myna.model.sources import cache_dir
+    """The compiled library, loaded into this process."""
+    made = compiled_kernels()
+    return load_library(made.path, made.compiler)
 
-    compiler = find_compiler()
-    folder = Path(__file__).parent
-    text = b"".join((folder / name).read_bytes() for name in SOURCES)
-    version = _run([*compiler, "--version"]).splitlines()[0]
-    key = hashlib.sha256(b"\0".join([text, version.encode(), *map(str.encode, FLAGS), _abilities().encode()]))
-    path = cache_dir() / "native" / f"{key.hexdigest()[:24]}.so"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-            made = Path(temporary) / path.name
-            _run([*compiler, *FLAGS, "-shared", "-fPIC", "-o", str(made), str(folder / "native.c"), "-lm"])
-            os.replace(made, path)
+
+def load_library(path: Path, compiler: str) -> NativeLibrary:
+    """NotNative where the system refuses the file."""
     try:
         functions = ctypes.CDLL(str(path))
     except OSError as error:
         raise NotNative(f"{path} does not load: {error}") from error
-    return NativeLibrary(path, version, functions)
-
-
-def find_compiler() -> list[str]:
-    """The command of a C compiler: $CC, or the first of gcc, clang, cc, or the package ziglang's. NotNative if none."""
-    asked = os.environ.get("CC", "").split()
-    if asked and shutil.which(asked[0]):
-        return asked
-    found = next((name for name in ("gcc", "clang", "cc") if shutil.which(name)), None)
-    if found:
-        return [found]
-    import importlib.util
-
-    if importlib.util.find_spec("ziglang"):
-        return [sys.executable, "-m", "ziglang", "cc"]
-    raise NotNative("there is no C compiler (gcc, clang, or pip install ziglang)")
-
-
-def _run(command: list[str]) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=True)
-    except subprocess.CalledProcessError as error:
-        first = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr[:200])
-        raise NotNative(f"{command[0]} failed: {first.strip()}") from error
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NotNative(f"{command[0]} could not be run: {error}") from error
-    return done.stdout
-
-
-def _abilities() -> str:
-    """What the library is compiled for: another CPU on a shared cache compiles its own."""
-    info = Path("/proc/cpuinfo")
-    lines: Mapping[str, str] = {}
-    if info.is_file():
-        pairs = (line.partition(":") for line in info.read_text().split("\n\n")[0].splitlines())
-        lines = {name.strip(): value.strip() for name, _, value in pairs}
-    told = lines.get("flags") or lines.get("Features") or platform.processor()
-    return f"{platform.machine()} {lines.get('model name', '')} {told}"
+    return NativeLibrary(path, compiler, functions)
 
 
 def _gomp_parallel() -> int | None:

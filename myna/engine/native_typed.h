@@ -65,8 +65,8 @@ void NAME(myna_norm_back)(const TYPE *g, int64_t ldg, const TYPE *x, int64_t ldx
 
 typedef struct {
     const TYPE *g, *h;
-    TYPE *out;
-    int64_t T, width, ldg, ldh, ldo;
+    TYPE *out, *again;
+    int64_t T, width, ldg, ldh, ldo, lda;
     int kind;
 } NAME(gate_job);
 
@@ -108,17 +108,18 @@ static void NAME(gate_back_piece)(void *job, int64_t piece) {
         const TYPE *h = a->h + t * a->ldh, *g = a->g + t * a->ldg;
         TYPE *out = a->out + t * a->ldo;
         EACH(i, m, a->width) {
-            vf slope, y = NAME(act)(GET(h + i, m), a->kind, &slope), gi = GET(g + i, m);
-            PUT(out + i, gi * GET(h + a->width + i, m) * slope, m);
+            vf slope, y = NAME(act)(GET(h + i, m), a->kind, &slope), gi = GET(g + i, m), up = GET(h + a->width + i, m);
+            PUT(out + i, gi * up * slope, m);
             PUT(out + a->width + i, gi * y, m);
+            PUT(a->again + t * a->lda + i, y * up, m);
         }
     }
 }
 
-void NAME(myna_gate_back)(const TYPE *g, int64_t ldg, const TYPE *h, int64_t ldh, TYPE *out, int64_t ldo, int64_t T,
-                          int64_t width, int kind) {
-    NAME(gate_job) job = {.g = g, .h = h, .out = out, .T = T, .width = width, .ldg = ldg, .ldh = ldh, .ldo = ldo,
-                          .kind = kind};
+void NAME(myna_gate_back)(const TYPE *g, int64_t ldg, const TYPE *h, int64_t ldh, TYPE *out, int64_t ldo,
+                          TYPE *again, int64_t lda, int64_t T, int64_t width, int kind) {
+    NAME(gate_job) job = {.g = g, .h = h, .out = out, .again = again, .T = T, .width = width, .ldg = ldg, .ldh = ldh,
+                          .ldo = ldo, .lda = lda, .kind = kind};
     for_pieces(NAME(gate_back_piece), &job, (T + NAME(GATE_ROWS) - 1) / NAME(GATE_ROWS));
 }
 
@@ -155,7 +156,7 @@ static void NAME(turn_piece)(void *job, int64_t piece) {
     int64_t plane = a->T * a->D, columns = a->D * a->ldt;
     if (head < a->H) {
         NAME(fetch_head)(j, a->query_at + head * a->query_step, t0, n, a->q + head * plane,
-                         j->back ? a->qt + head * columns : 0, 1, a->query_norm, a->query_eps);
+                         j->back && !a->p ? a->qt + head * columns : 0, 1, a->query_norm, a->query_eps);
         if (!j->back) return;
         float *g = a->o + head * plane;
         for (int64_t t = t0; t < t0 + n; t++) {
@@ -167,7 +168,7 @@ static void NAME(turn_piece)(void *job, int64_t piece) {
             }
             a->delta[head * a->T + t] = total(dot);
         }
-        transpose(g + t0 * a->D, a->D, n, a->ot + head * columns + t0, a->ldt);
+        if (!a->p) transpose(g + t0 * a->D, a->D, n, a->ot + head * columns + t0, a->ldt);
         return;
     }
     head -= a->H;

@@ -17,15 +17,17 @@ import torch.nn.functional as F
 from myna.adapters.methods import METHODS
 from myna.data.packing import Batch, Segment
 from myna.data.render import IGNORE
+from myna.engine.compiler import NotNative
 from myna.engine.decoder import FastDecoder
 from myna.engine.families import FAST
+from myna.engine.flex import FlexKernels
 from myna.engine.kernels import Kernels, TorchKernels
-from myna.engine.native import NotNative, load_native
+from myna.engine.native import load_native
 from myna.engine.threads import usable_cores
 from myna.recipe import AdapterSettings
 
 PathName = Literal["fast", "reference"]
-KernelsName = Literal["native", "torch"]
+KernelsName = Literal["native", "torch", "flex"]
 
 # oneDNN makes and keeps a kernel for every shape it meets, so each new length of a pack would cost time and memory
 ROUND_TOKENS = 64
@@ -46,7 +48,9 @@ class Stepper(Protocol):
 
 def choose_kernels(name: KernelsName, threads: int) -> Kernels:
     """The kernels that a plan names. NotNative where the C ones cannot be had here."""
-    return load_native(threads) if name == "native" else TorchKernels()
+    if name == "native":
+        return load_native(threads)
+    return FlexKernels() if name == "flex" else TorchKernels()
 
 
 def best_kernels(device: str, dtype: str) -> tuple[KernelsName, str]:
@@ -85,32 +89,54 @@ def make_stepper(
     path: PathName,
     *,
     kernels: Kernels | None = None,
-    quantize: str = "none",
+    quantize_with: Batch | None = None,
     checkpoint_layers: int = 0,
+    round_tokens: int = ROUND_TOKENS,
+    head_tokens: int | None = None,
 ) -> Stepper:
-    """Puts a peft model into training mode on a path. The settings are the fast path's; see FastDecoder."""
+    """Puts a peft model into training mode on a path. The settings are the fast path's; see FastDecoder and `round_up`.
+
+    `quantize_with` is a pack to quantize the frozen weights to int8 by; without one they stay as they are.
+    On the reference path `checkpoint_layers` is 0 or 1: transformers runs each layer again, or none.
+    """
     model.train()
     if path == "reference":
+        assert checkpoint_layers <= 1 and quantize_with is None
+        if checkpoint_layers:
+            base = model.get_base_model()
+            # under its older name where transformers has no newer one; reentrant, it would ask the embeddings for a gradient
+            enable = (
+                getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+            )
+            enable({"use_reentrant": False})
         return ReferenceStepper(model)
-    decoder = FastDecoder(model, kernels or TorchKernels(), quantize=quantize, checkpoint_layers=checkpoint_layers)
+    decoder = FastDecoder(
+        model,
+        kernels or TorchKernels(),
+        checkpoint_layers=checkpoint_layers,
+        head_tokens=head_tokens,
+    )
     assert any(group.parts for group in decoder.groups()), "the fast path found no LoRA layer"
-    return FastStepper(decoder)
+    if quantize_with is not None:
+        decoder.quantize_int8(round_up(quantize_with))
+    return FastStepper(decoder, round_tokens)
 
 
 class FastStepper:
     """Packs through the engine's own decoder."""
 
-    def __init__(self, decoder: FastDecoder) -> None:
+    def __init__(self, decoder: FastDecoder, round_tokens: int) -> None:
         self.decoder = decoder
+        self.round_tokens = round_tokens
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        return self.decoder.loss(round_up(batch))
+        return self.decoder.loss(round_up(batch, self.round_tokens))
 
     def refresh(self) -> None:
         self.decoder.refresh()
 
     def product_flops(self, batch: Batch) -> float | None:
-        return self.decoder.product_flops(round_up(batch))
+        return self.decoder.product_flops(round_up(batch, self.round_tokens))
 
 
 class ReferenceStepper:

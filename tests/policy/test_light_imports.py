@@ -12,7 +12,17 @@ from source_tree import NAMES, ROOT
 HEAVY = ("torch", "transformers", "peft", "pyarrow", "gguf", "xllamacpp", "accelerate", "huggingface_hub")
 # Left of `model`, and what a light command imports.
 LIGHT_TREES = ("", "errors", "recipe", "run", "show", "data")
-LIGHT_MODULES = ("chat", "chat_command", "doctor", "evaluate.report", "evaluate.scorers", "talk", "terminal")
+LIGHT_MODULES = (
+    "chat",
+    "chat_command",
+    "doctor",
+    "engine.compiler",
+    "evaluate.report",
+    "evaluate.scorers",
+    "machine",
+    "talk",
+    "terminal",
+)
 LIGHT = sorted(
     name
     for name in NAMES

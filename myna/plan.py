@@ -1,0 +1,223 @@
+"""The frozen plan: what the machine decides about a run, before its first step. A pure function; every resume obeys it.
+
+recipe, base, lengths of the rows, Machine (cores, total memory, number formats) ─ freeze_plan ─► FrozenPlan ─► plan.json
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from myna.data.packing import num_steps_an_epoch
+from myna.engine.compiler import NotNative
+from myna.engine.estimate import BYTES, base_shape, estimate_memory
+from myna.engine.kernels import Kernels
+from myna.engine.loss import chunk_tokens
+from myna.engine.memory import total_memory_mb
+from myna.engine.step import ROUND_TOKENS, KernelsName, PathName, best_kernels, choose_kernels, choose_path
+from myna.engine.threads import fast_in_bfloat16, usable_cores
+from myna.errors import MachineError, RecipeError, UsageError
+from myna.recipe import Recipe
+from myna.run import read_json
+
+KERNELS_VARIABLE = "MYNA_KERNELS"  # torch: without the C kernels · native: refused where they cannot be had
+MEMORY_SHARE = (
+    0.6  # of all memory: the rest is for the page cache, other programs, and what an estimate misses
+)
+NEW_RUN = "or start another run: --set run.name=NAME"
+
+
+@dataclass(frozen=True)
+class FrozenPlan:
+    """What the machine decided. The defaults are what runs of Myna 0.1 without these entries were trained with."""
+
+    device: str
+    dtype: str
+    threads: int
+    path: PathName
+    path_reason: str
+    pack_tokens: int
+    num_rows: int
+    num_steps: int
+    kernels: KernelsName = "torch"
+    kernels_reason: str = "the run began before there were C kernels"
+    quantize: str = "none"
+    checkpoint_layers: int = 0
+    round_tokens: int = 64
+    head_tokens: int | None = (
+        None  # target tokens that the head projects at a time; None: as the engine has it
+    )
+    memory_mb: float | None = None
+    total_memory_mb: float | None = None
+
+    def sentences(self) -> Iterator[str]:
+        """What is said before the first step."""
+        fast = self.path == "fast"
+        way = "packed, fast path" if fast else f"reference path: {self.path_reason}"
+        yield f"{self.num_steps} steps in {self.dtype} on {self.device} with {self.threads} threads ({way})"
+        if fast:
+            yield (
+                "kernels: C, compiled here"
+                if self.kernels == "native"
+                else f"kernels: torch's ({self.kernels_reason})"
+            )
+        if self.quantize != "none":
+            yield f"the frozen base is kept and multiplied as {self.quantize}"
+        if self.checkpoint_layers:
+            every = "every layer" if self.checkpoint_layers == 1 else f"every {self.checkpoint_layers} layers"
+            yield f"gradient checkpointing: {every} again in the backward, slower and smaller"
+        if self.memory_mb is not None and self.total_memory_mb is not None:
+            yield f"memory: about {self.memory_mb:,.0f} MB of {self.total_memory_mb:,.0f}{self._doubt()}"
+
+    def _doubt(self) -> str:
+        assert self.memory_mb is not None and self.total_memory_mb is not None
+        if self.memory_mb <= MEMORY_SHARE * self.total_memory_mb:
+            return ""
+        return "; it may not fit: a smaller train.pack_tokens or data.max_length takes less"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """All of this machine that a plan may depend on: no timings, and nothing that differs from minute to minute."""
+
+    device: str
+    cores: int
+    fast_bf16: bool
+    total_memory_mb: float
+
+
+def this_machine() -> Machine:
+    """The machine this process runs on."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    fast_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else fast_in_bfloat16()
+    return Machine(device, usable_cores(), fast_bf16, round(total_memory_mb(device)))
+
+
+def freeze_plan(recipe: Recipe, config: Any, lengths: Sequence[int], machine: Machine) -> FrozenPlan:
+    """Decides everything. `config` is the base's, `lengths` are the rows' tokens, the recipe has its defaults written out.
+
+    Raises RecipeError where the recipe asks for what this path or device does not have, MachineError where
+    MYNA_KERNELS=native asks for kernels that cannot be had.
+    """
+    settings, quantize = recipe.train, recipe.model.quantize
+    dtype = recipe.model.dtype if recipe.model.dtype != "auto" else ("bf16" if machine.fast_bf16 else "fp32")
+    path, reason = choose_path(config, recipe.adapter, packed=settings.packed)
+    kernels, kernels_reason = plan_kernels(machine.device, dtype, path)
+    _refuse_int8(quantize, path, reason, machine.device)
+    assert settings.pack_tokens is not None
+    num_steps = settings.epochs * num_steps_an_epoch(len(lengths), settings.batch_size)
+    shape = base_shape(config)
+
+    def needed_mb(checkpoint_layers: int) -> float:
+        return estimate_memory(
+            shape,
+            dtype=dtype,
+            rank=recipe.adapter.r,
+            tokens=longest_pack(
+                lengths, settings.batch_size, settings.pack_tokens or 0, padded=path != "fast"
+            ),
+            fast=path == "fast",
+            native=kernels == "native",
+            quantize=quantize,
+            checkpoint_layers=checkpoint_layers,
+        ).total
+
+    asked = settings.gradient_checkpointing
+    if asked == "auto":
+        checkpoint_layers = int(needed_mb(0) > MEMORY_SHARE * machine.total_memory_mb)
+    else:
+        checkpoint_layers = asked if isinstance(asked, int) else int(asked == "all")
+    _refuse_groups(checkpoint_layers, path, reason)
+    return FrozenPlan(
+        device=machine.device,
+        dtype=dtype,
+        threads=machine.cores,
+        path=path,
+        path_reason=reason,
+        pack_tokens=settings.pack_tokens,
+        num_rows=len(lengths),
+        num_steps=min(num_steps, settings.max_steps or num_steps),
+        kernels=kernels,
+        kernels_reason=kernels_reason,
+        quantize=quantize,
+        checkpoint_layers=checkpoint_layers,
+        round_tokens=ROUND_TOKENS,
+        head_tokens=chunk_tokens(shape.vocabulary, BYTES[dtype]),
+        memory_mb=round(needed_mb(checkpoint_layers)),
+        total_memory_mb=machine.total_memory_mb,
+    )
+
+
+def read_plan(path: Path) -> FrozenPlan:
+    """The plan of a run. MachineError where another version of Myna wrote what this one does not know."""
+    stored = read_json(path)
+    unknown = sorted(stored.keys() - {field.name for field in fields(FrozenPlan)})
+    if unknown:
+        raise MachineError(
+            f"the plan has entries that Myna here does not know: {', '.join(unknown)}",
+            where=str(path),
+            help=f"go on with the version that run.json names under versions.myna, {NEW_RUN}",
+        )
+    return FrozenPlan(**stored)
+
+
+def longest_pack(lengths: Sequence[int], batch_size: int, pack_tokens: int, *, padded: bool) -> int:
+    """Tokens of the longest pack that any order of the rows can give; `padded`: with the padding of the plain forward."""
+    longest = max(lengths)
+    if padded:
+        return max(longest, min(batch_size, len(lengths)) * min(longest, pack_tokens))
+    of_a_step = sum(sorted(lengths)[-batch_size:])
+    tokens = max(longest, min(pack_tokens, of_a_step))
+    return -(-tokens // ROUND_TOKENS) * ROUND_TOKENS
+
+
+def plan_kernels(device: str, dtype: str, path: PathName) -> tuple[KernelsName, str]:
+    """Which kernels a new run is to have, and why where they are torch's; $MYNA_KERNELS has the last word."""
+    asked = os.environ.get(KERNELS_VARIABLE, "")
+    if asked not in ("", "native", "torch"):
+        raise UsageError(f"{KERNELS_VARIABLE}={asked}: it is native, torch, or not set")
+    if path != "fast":
+        return "torch", "the reference path has no kernels of its own"
+    if asked == "torch":
+        return "torch", f"{KERNELS_VARIABLE}=torch"
+    name, why = best_kernels(device, dtype)
+    if asked == "native" and name != "native":
+        raise MachineError(
+            f"{KERNELS_VARIABLE}=native, but there are no C kernels here: {why}",
+            help=f"unset {KERNELS_VARIABLE}",
+        )
+    return name, why
+
+
+def planned_kernels(plan: FrozenPlan) -> Kernels:
+    """The kernels that a run was planned with. MachineError where they cannot be had any more."""
+    try:
+        return choose_kernels(plan.kernels, plan.threads)
+    except NotNative as error:
+        raise MachineError(
+            f"the run was begun with C kernels, which cannot be had now: {error}",
+            help=f"install a C compiler (gcc, clang, or pip install ziglang), {NEW_RUN}",
+            code="kernels",
+        ) from error
+
+
+def _refuse_int8(quantize: str, path: PathName, reason: str, device: str) -> None:
+    why = f"this run takes the reference path ({reason})" if path != "fast" else f"the device is {device}"
+    if quantize == "int8" and (path != "fast" or device != "cpu"):
+        raise RecipeError(
+            f"model.quantize: int8 is for the fast path on a CPU; {why}", help="--set model.quantize=none"
+        )
+
+
+def _refuse_groups(checkpoint_layers: int, path: PathName, reason: str) -> None:
+    if path != "fast" and checkpoint_layers > 1:
+        raise RecipeError(
+            f"train.gradient_checkpointing: {checkpoint_layers} layers together are for the fast path; "
+            f"this run takes the reference path ({reason})",
+            help="--set train.gradient_checkpointing=all",
+        )

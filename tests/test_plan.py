@@ -1,0 +1,191 @@
+"""The frozen plan: what it follows from, what it refuses, and that a resumed run obeys it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_families
+
+import myna.engine.step
+import myna.plan
+from myna.engine.compiler import NotNative
+from myna.engine.loss import chunk_tokens
+from myna.errors import MachineError, MynaError, RecipeError, UsageError
+from myna.plan import (
+    FrozenPlan,
+    Machine,
+    freeze_plan,
+    longest_pack,
+    planned_kernels,
+    read_plan,
+    this_machine,
+)
+from myna.recipe import Recipe, build_recipe
+
+MACHINE = Machine(device="cpu", cores=3, fast_bf16=True, total_memory_mb=8_000)
+LENGTHS = (90, 40, 12, 77, 5, 130)
+
+
+def recipe(**blocks: dict[str, object]) -> Recipe:
+    tree: dict[str, Any] = {"data": {"train": "rows.jsonl"}, "train": {"pack_tokens": 256}}
+    for block, settings in blocks.items():
+        tree[block] = {**tree.get(block, {}), **settings}
+    return build_recipe(tree)
+
+
+def plan(machine: Machine = MACHINE, family: str = "llama", **blocks: dict[str, object]) -> FrozenPlan:
+    return freeze_plan(recipe(**blocks), tiny_families.family_config(family, 400), LENGTHS, machine)
+
+
+def test_the_same_recipe_twice_is_the_same_plan() -> None:
+    assert plan() == plan()
+    assert plan(train={"batch_size": 2}) != plan()
+
+
+def test_no_free_memory_and_no_time_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock and a memory gauge that answer otherwise each time, this machine's plan is the same."""
+    import time
+
+    import psutil
+
+    honest = psutil.virtual_memory()
+    before = plan(this_machine())
+    monkeypatch.setattr(
+        psutil, "virtual_memory", lambda: honest._replace(available=1, used=honest.total, free=1)
+    )
+    monkeypatch.setattr(time, "perf_counter", lambda: pytest.fail("a plan takes no time"))
+    assert plan(this_machine()) == before
+
+
+def test_everything_that_is_decided_is_in_it() -> None:
+    found = plan(train={"epochs": 2, "batch_size": 4})
+    assert (found.threads, found.dtype, found.num_rows, found.num_steps) == (3, "bf16", 6, 4)
+    assert (found.path, found.quantize, found.checkpoint_layers, found.round_tokens) == (
+        "fast",
+        "none",
+        0,
+        64,
+    )
+    assert found.head_tokens == chunk_tokens(400, 2)
+    assert found.kernels in ("native", "torch") and bool(found.kernels_reason) == (found.kernels == "torch")
+    assert plan(replace(MACHINE, fast_bf16=False)).dtype == "fp32"
+
+
+def test_what_was_decided_is_said() -> None:
+    said = " | ".join(plan(train={"packed": False}).sentences())
+    assert "reference path: train.packed is false" in said and "kernels" not in said
+    found = plan(model={"quantize": "int8"}, train={"gradient_checkpointing": 2})
+    said = " | ".join(replace(found, kernels="torch", kernels_reason="no compiler").sentences())
+    for part in ("fast path", "torch's (no compiler)", "int8", "every 2 layers", "memory: about"):
+        assert part in said
+    assert "may not fit" not in said
+    assert "may not fit" in " | ".join(replace(found, total_memory_mb=700.0).sentences())
+
+
+@pytest.mark.parametrize(("asked", "layers"), [("none", 0), ("all", 1), (3, 3)])
+def test_checkpointing_is_as_asked(asked: object, layers: int) -> None:
+    assert plan(train={"gradient_checkpointing": asked}).checkpoint_layers == layers
+
+
+def test_checkpointing_comes_where_the_longest_pack_does_not_fit() -> None:
+    """Of all memory, 60 %: nothing else turns it on."""
+    needed = plan().memory_mb
+    assert needed is not None
+    assert plan(replace(MACHINE, total_memory_mb=needed / 0.6 + 2)).checkpoint_layers == 0
+    small = plan(replace(MACHINE, total_memory_mb=needed / 0.6 - 2))
+    assert small.checkpoint_layers == 1
+    assert small.memory_mb is not None and small.memory_mb <= needed
+    kept = plan(replace(MACHINE, total_memory_mb=1.0), train={"gradient_checkpointing": "none"})
+    assert kept.checkpoint_layers == 0
+
+
+def test_the_longest_pack() -> None:
+    assert longest_pack((10, 20, 30), 2, 1024, padded=False) == 64  # 30 + 20, up to a whole 64
+    assert longest_pack((10, 20, 30), 3, 40, padded=False) == 64
+    assert longest_pack((300, 20), 2, 100, padded=False) == 320  # a row alone may be longer than a pack
+    assert longest_pack((30, 2, 2), 8, 100, padded=True) == 90  # each row padded to the longest
+
+
+REFUSED: list[tuple[dict[str, dict[str, object]], Machine, str]] = [
+    ({"model": {"quantize": "int8"}, "train": {"packed": False}}, MACHINE, r"int8.*train\.packed is false"),
+    ({"model": {"quantize": "int8"}, "adapter": {"dropout": 0.1}}, MACHINE, r"int8.*dropout is above 0"),
+    ({"model": {"quantize": "int8"}}, replace(MACHINE, device="cuda"), "int8.*device is cuda"),
+    ({"train": {"packed": False, "gradient_checkpointing": 2}}, MACHINE, "2 layers together"),
+]
+
+
+@pytest.mark.parametrize(("blocks", "machine", "words"), REFUSED)
+def test_what_is_not_ours_is_refused(
+    blocks: dict[str, dict[str, object]], machine: Machine, words: str
+) -> None:
+    with pytest.raises(RecipeError, match=words) as caught:
+        plan(machine, **blocks)
+    assert (caught.value.help or "").startswith("--set ")
+
+
+def no_compiler(*_: object) -> Any:
+    raise NotNative("there is no C compiler")
+
+
+def test_the_environment_has_the_last_word_on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MYNA_KERNELS", "torch")
+    assert (plan().kernels, plan().kernels_reason) == ("torch", "MYNA_KERNELS=torch")
+    monkeypatch.setenv("MYNA_KERNELS", "fast")
+    with pytest.raises(UsageError, match="MYNA_KERNELS=fast"):
+        plan()
+    monkeypatch.setenv("MYNA_KERNELS", "native")
+    monkeypatch.setattr(myna.engine.step, "load_native", no_compiler)
+    with pytest.raises(MachineError, match="no C compiler"):
+        plan()
+    monkeypatch.delenv("MYNA_KERNELS")
+    assert (plan().kernels, plan().kernels_reason) == ("torch", "there is no C compiler")
+
+
+def test_planned_kernels_that_cannot_be_had_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(myna.engine.step, "load_native", no_compiler)
+    begun = replace(plan(), kernels="native")
+    with pytest.raises(MachineError, match=r"begun with C kernels.*no C compiler") as caught:
+        planned_kernels(begun)
+    assert "C compiler" in (caught.value.help or "") and caught.value.exit_code == 4
+    assert planned_kernels(replace(begun, kernels="torch")).name == "torch"
+
+
+def test_a_plan_is_read_back_and_an_older_one_too(tmp_path: Path) -> None:
+    path, made = tmp_path / "plan.json", plan()
+    path.write_text(json.dumps(asdict(made)))
+    assert read_plan(path) == made
+    old = {"device": "cpu", "dtype": "bf16", "threads": 2, "path": "fast", "path_reason": ""}
+    old |= {"pack_tokens": 1024, "num_rows": 36, "num_steps": 9}
+    path.write_text(json.dumps(old))
+    read = read_plan(path)
+    assert (read.kernels, read.quantize, read.checkpoint_layers, read.round_tokens) == (
+        "torch",
+        "none",
+        0,
+        64,
+    )
+    assert len(list(read.sentences())) == 2
+    path.write_text(json.dumps(old | {"moons": 3}))
+    with pytest.raises(MachineError, match="moons"):
+        read_plan(path)
+
+
+@pytest.mark.parametrize("value", ["some", 0, -1, 1.5, True, [1]])
+def test_a_wrong_gradient_checkpointing_is_told(value: object) -> None:
+    with pytest.raises(MynaError, match="gradient_checkpointing: is one of auto, none, all, or a number"):
+        recipe(train={"gradient_checkpointing": value})
+
+
+def test_the_tiny_base_is_what_the_estimate_reads(tiny_base: Path) -> None:
+    from myna.engine.estimate import base_shape
+    from myna.model.load import read_config
+
+    shape = base_shape(read_config(tiny_base))
+    config = tiny.model_config()
+    assert (shape.width, shape.inner, shape.layers) == (64, 128, config.num_hidden_layers)
+    assert (shape.query, shape.key_value, shape.vocabulary, shape.tied) == (64, 32, 400, True)

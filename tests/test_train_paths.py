@@ -1,0 +1,204 @@
+"""One run, many ways: kernels, int8, checkpointing, the reference path. Rounding apart they are one; each is repeatable."""
+
+from __future__ import annotations
+
+import gc
+import json
+import signal
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import tiny
+
+import myna.engine.step
+from myna.engine.compiler import NotNative
+from myna.engine.memory import collector_at_rest
+from myna.engine.step import best_kernels
+from myna.errors import Interrupted, MachineError
+from myna.metrics import StepReport
+from myna.pipeline import train_stage
+from myna.plan import read_plan
+from myna.prepare import prepare
+from myna.recipe import Recipe, load_recipe
+from myna.run import Run, write_json
+from myna.show import Show
+from myna.stored import run_of
+from myna.train import train
+
+has_native = best_kernels("cpu", "fp32")[0] == "native"
+KERNELS = [
+    pytest.param("native", marks=pytest.mark.skipif(not has_native, reason="no C kernels here")),
+    "torch",
+]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    monkeypatch.chdir(tmp_path)
+    rows = tiny.write_rows(tmp_path / "orders.jsonl", tiny.rows(40))
+    path = tmp_path / "recipe.yaml"
+    settings = {"max_steps": 4, "save_every_steps": 9}
+    path.write_text(tiny.recipe_text(tiny_base, rows, train=settings))
+    return load_recipe(path)
+
+
+def with_settings(recipe: Recipe, name: str, **blocks: dict[str, object]) -> Recipe:
+    update = {block: getattr(recipe, block).model_copy(update=settings) for block, settings in blocks.items()}
+    update["run"] = recipe.run.model_copy(update={"name": name})
+    return recipe.model_copy(update=update)
+
+
+def trained(recipe: Recipe, said: list[str] | None = None) -> tuple[Run, list[float]]:
+    reports: list[StepReport] = []
+    say = (said if said is not None else []).append
+    run = train_stage(recipe, show=Show(step=reports.append, say=say))
+    return run, [report.loss for report in reports]
+
+
+def adapter_bytes(run: Run) -> bytes:
+    return (run.adapter_dir / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_the_same_recipe_twice_is_the_same_bytes(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, kernels: str, dtype: str
+) -> None:
+    monkeypatch.setenv("MYNA_KERNELS", kernels)
+    first, second = (trained(with_settings(recipe, name, model={"dtype": dtype}))[0] for name in "ab")
+    assert read_plan(first.plan_path) == read_plan(second.plan_path)
+    assert read_plan(first.plan_path).kernels == kernels
+    assert adapter_bytes(first) == adapter_bytes(second)
+
+
+@pytest.mark.skipif(not has_native, reason="no C kernels here")
+def test_kernels_differ_by_rounding_alone(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = []
+    for kernels in ("native", "torch"):
+        monkeypatch.setenv("MYNA_KERNELS", kernels)
+        losses.append(trained(with_settings(recipe, kernels))[1])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+WAYS: dict[str, tuple[dict[str, dict[str, object]], float]] = {
+    "unpacked": ({"train": {"packed": False}}, 1e-4),
+    "unpacked, layers again": ({"train": {"packed": False, "gradient_checkpointing": "all"}}, 1e-4),
+    "layers again": ({"train": {"gradient_checkpointing": "all"}}, 1e-4),
+    "two layers again": ({"train": {"gradient_checkpointing": 2}}, 1e-4),
+    "int8": ({"model": {"quantize": "int8"}}, 0.03),
+}
+
+
+SLOW_WAYS = ("unpacked, layers again", "two layers again")
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[pytest.mark.slow] * (way in SLOW_WAYS)) for way in WAYS]
+)
+def test_every_way_is_the_same_run(recipe: Recipe, way: str) -> None:
+    blocks, bound = WAYS[way]
+    said: list[str] = []
+    run, losses = trained(with_settings(recipe, "other", **blocks), said)
+    _, plain = trained(with_settings(recipe, "plain"))
+    assert losses == pytest.approx(plain, rel=bound)
+    assert way != "int8" or losses != plain
+    told = " ".join(said)
+    assert ("train.packed is false" in told) == ("unpacked" in way)
+    assert ("gradient checkpointing: every" in told) == ("again" in way)
+    assert ("multiplied as int8" in told) == (way == "int8")
+    line = json.loads(run.metrics_path.read_text().splitlines()[0])
+    assert (line["share_of_peak"] is None) == ("unpacked" in way)
+
+
+def stopping_after(step: int) -> Iterator[int | None]:
+    yield from [None] * (step - 1)
+    while True:
+        yield signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("quantize", "packed"), [("int8", True), pytest.param("none", False, marks=pytest.mark.slow)]
+)
+def test_stopped_and_resumed_is_not_stopped(recipe: Recipe, quantize: str, packed: bool) -> None:
+    settings: dict[str, dict[str, object]] = {"model": {"quantize": quantize}, "train": {"packed": packed}}
+    straight, _ = trained(with_settings(recipe, "straight", **settings))
+    stopped = with_settings(recipe, "stopped", **settings)
+    asked = stopping_after(2)
+    with pytest.raises(Interrupted):
+        list(train(prepare(stopped, run_of(stopped), print), print, lambda: next(asked)))
+    run = train_stage(stopped, resume=True)
+    assert adapter_bytes(run) == adapter_bytes(straight)
+
+
+def interrupted(recipe: Recipe) -> Run:
+    asked, run = stopping_after(2), run_of(recipe)
+    with pytest.raises(Interrupted):
+        list(train(prepare(recipe, run, print), print, lambda: next(asked)))
+    return run
+
+
+def planned_otherwise(run: Run, **changes: object) -> None:
+    write_json(run.plan_path, asdict(replace(read_plan(run.plan_path), **changes)))  # type: ignore[arg-type]
+    run.record([run.plan_path])
+
+
+def test_a_resume_obeys_the_plan(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the plan says is done, whatever this machine would choose now."""
+    monkeypatch.setenv("MYNA_KERNELS", "torch")
+    run = interrupted(recipe)
+    monkeypatch.delenv("MYNA_KERNELS")
+    planned_otherwise(run, checkpoint_layers=2, round_tokens=32, head_tokens=7, threads=1)
+    seen: dict[str, object] = {}
+    honest = myna.engine.step.make_stepper
+
+    def watched(*arguments: object, **settings: object) -> object:
+        seen.update(settings)
+        return honest(*arguments, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("myna.train.make_stepper", watched)
+    train_stage(recipe, resume=True)
+    assert (seen["checkpoint_layers"], seen["round_tokens"], seen["head_tokens"]) == (2, 32, 7)
+    assert getattr(seen["kernels"], "name", None) == "torch"
+
+
+def test_planned_kernels_that_are_gone_end_a_resume(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MYNA_KERNELS", "torch")
+    run = interrupted(recipe)
+    planned_otherwise(run, kernels="native", kernels_reason="")
+
+    def no_compiler(*_: object) -> None:
+        raise NotNative("there is no C compiler")
+
+    monkeypatch.setattr(myna.engine.step, "load_native", no_compiler)
+    with pytest.raises(MachineError, match="begun with C kernels") as caught:
+        train_stage(recipe, resume=True)
+    assert "install a C compiler" in (caught.value.help or "")
+    assert not run.adapter_dir.exists()
+
+
+def test_a_run_of_before_goes_on_with_torchs_kernels(recipe: Recipe) -> None:
+    run = interrupted(recipe)
+    new = ("kernels", "kernels_reason", "quantize", "checkpoint_layers", "round_tokens", "head_tokens")
+    plan = json.loads(run.plan_path.read_text())
+    write_json(
+        run.plan_path, {k: v for k, v in plan.items() if k not in (*new, "memory_mb", "total_memory_mb")}
+    )
+    run.record([run.plan_path])
+    said: list[str] = []
+    train_stage(recipe, resume=True, show=Show(say=said.append))
+    assert any("torch's (the run began before there were C kernels)" in sentence for sentence in said)
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+def test_the_collector_is_put_back(was_on: bool) -> None:
+    honest = gc.isenabled()
+    try:
+        gc.enable() if was_on else gc.disable()
+        with pytest.raises(ZeroDivisionError), collector_at_rest():
+            assert not gc.isenabled() and gc.get_freeze_count()
+            raise ZeroDivisionError
+        assert gc.isenabled() == was_on and not gc.get_freeze_count()
+    finally:
+        gc.enable() if honest else gc.disable()
