@@ -15,6 +15,7 @@ import myna.engine.step
 import myna.plan
 from myna.engine.compiler import NotNative
 from myna.engine.loss import chunk_tokens
+from myna.engine.step import ROUND_TOKENS
 from myna.errors import MachineError, MynaError, RecipeError, UsageError
 from myna.plan import (
     FrozenPlan,
@@ -69,7 +70,7 @@ def test_everything_that_is_decided_is_in_it() -> None:
         "fast",
         "none",
         0,
-        64,
+        ROUND_TOKENS,
     )
     assert found.head_tokens == chunk_tokens(400, 2)
     assert found.kernels in ("native", "torch") and bool(found.kernels_reason) == (found.kernels == "torch")

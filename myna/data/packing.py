@@ -13,6 +13,7 @@ A pack without shared beginnings has one segment a row.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -136,7 +137,7 @@ def _tree(ids: Sequence[np.ndarray]) -> tuple[list[Segment], list[tuple[int, ...
     A row's last token always stands in a segment of its own or of rows equal to it, never inside a longer one's.
     """
     order = sorted(range(len(ids)), key=lambda row: ids[row].tolist())
-    common = [_common(ids[a], ids[b]) for a, b in zip(order, order[1:], strict=False)]
+    common = [_common(ids[a], ids[b]) for a, b in itertools.pairwise(order)]
     segments: list[Segment] = []
     paths: dict[int, tuple[int, ...]] = {}
 

@@ -1,4 +1,4 @@
-"""The two blocks of a decoder layer, each with a hand-written backward that saves little and asks no frozen weight's gradient.
+"""The two blocks of a decoder layer. Their backward, written by hand, keeps little and gives no frozen weight a gradient.
 
 Shapes: T tokens of the pack · d width.
 

@@ -86,12 +86,15 @@ class FastDecoder:
         for group in self.groups():
             frozen = group.frozen
             wide_in, wide_out = frozen.num_in + frozen.rank, frozen.num_out + frozen.rank
-            low = sum((p.rows.stop - p.rows.start + frozen.num_in) * (p.ranks.stop - p.ranks.start) for p in group.parts)
-            flops += frozen.num_out * wide_in + frozen.num_in * frozen.rank + 2 * low - frozen.num_in * frozen.rank
+            low = sum(
+                (p.rows.stop - p.rows.start + frozen.num_in) * (p.ranks.stop - p.ranks.start)
+                for p in group.parts
+            )
+            flops += frozen.num_out * wide_in + 2 * low
             flops += frozen.num_in * wide_out if needs_input else 0
             needs_input = needs_input or bool(group.parts)
         # the head: logits and the gradient in the hidden states
-        return 2.0 * (tokens * flops + 2 * len(batch.targets_N) * self._head_Vd.numel())
+        return 2.0 * (tokens * flops + 2.0 * len(batch.targets_N) * float(self._head_Vd.numel()))
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Sum of the loss over the pack's target tokens, a scalar with a gradient to the adapter."""
@@ -108,7 +111,7 @@ class FastDecoder:
     def hidden(self, batch: Batch) -> torch.Tensor:
         """The residual stream after the last layer: [T, d]."""
         device = self._head_Vd.device
-        x_Td = self._embedding(batch.input_ids_T[None].to(device))[0]
+        x_Td: torch.Tensor = self._embedding(batch.input_ids_T[None].to(device))[0]
         layout = plan_layout(batch, device)
         ropes = self._ropes(x_Td, batch.position_ids_T.to(device))
         tools = {name: PackTools(self.kernels, rope, layout) for name, rope in ropes.items()}
@@ -149,7 +152,12 @@ class _Checkpointed(torch.autograd.Function):
 
     @staticmethod
     def run(x_Td: torch.Tensor, layers: Sequence[DecoderLayer], tools: dict[str, PackTools]) -> torch.Tensor:
-        parts = (part for layer in layers for block in (layer.attention, layer.mlp) for part in (block.inner, block.outer))
+        parts = (
+            part
+            for layer in layers
+            for block in (layer.attention, layer.mlp)
+            for part in (block.inner, block.outer)
+        )
         parameters = [parameter for group in parts for parameter in group.parameters]
         y_Td = _Checkpointed.apply(x_Td, layers, tools, *parameters)
         assert isinstance(y_Td, torch.Tensor)
@@ -157,7 +165,11 @@ class _Checkpointed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, layers: Sequence[DecoderLayer], tools: dict[str, PackTools], *parameters: Any
+        ctx: Any,
+        x: torch.Tensor,
+        layers: Sequence[DecoderLayer],
+        tools: dict[str, PackTools],
+        *parameters: Any,
     ) -> torch.Tensor:
         ctx.x, ctx.layers, ctx.tools, ctx.parameters = x, layers, tools, parameters
         with torch.no_grad():

@@ -58,7 +58,9 @@ def _exact(weight: torch.Tensor) -> torch.Tensor:
     return weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
 
 
-def _stacked(attention: Any, config: Any, *, window: int | None, softcap: float | None = None) -> AttentionSpec:
+def _stacked(
+    attention: Any, config: Any, *, window: int | None, softcap: float | None = None
+) -> AttentionSpec:
     """q, k and v one above the other, their heads side by side."""
     heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
     return AttentionSpec(
@@ -146,7 +148,9 @@ def _gemma2(layer: Any, config: Any, index: int) -> DecoderLayer:
     plain = _gemma(layer, config, index)
     spec = replace(plain.attention.spec, softcap=getattr(config, "attn_logit_softcapping", None))
     return DecoderLayer(
-        replace(plain.attention, spec=spec, post_norm=rms_norm(layer.post_attention_layernorm, plus_one=True)),
+        replace(
+            plain.attention, spec=spec, post_norm=rms_norm(layer.post_attention_layernorm, plus_one=True)
+        ),
         replace(
             plain.mlp,
             norm=rms_norm(layer.pre_feedforward_layernorm, plus_one=True),

@@ -1,7 +1,7 @@
 """The kernels for a GPU: attention by torch's flex_attention over the pack as it lies, the rest as in plain torch.
 
-He et al. 2024, "Flex Attention". The block mask says which tokens see which: those of the same document that stand at or before
-them, inside the window; a document is a path in the tree of segments, so a shared beginning is seen from all its branches.
+He et al. 2024, "Flex Attention". The block mask says which tokens see which: those of the same document that stand at or
+before them, inside the window. A document is a path in the tree of segments: all branches see a shared beginning.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def packed_flex(qkv: torch.Tensor, spec: AttentionSpec, rope: Rope, layout: Pack
     """Rotary embedding and attention inside documents: [T, …] to [T, H · D]."""
     turned = Rope(rope.cos_TR.to(qkv.dtype), rope.sin_TR.to(qkv.dtype))
     query, key, value = (x.to(qkv.dtype).transpose(0, 1)[None] for x in turned_heads(qkv, spec, turned))
-    attend = _compiled() if qkv.is_cuda else flex_attention
+    attend: Any = _compiled() if qkv.is_cuda else flex_attention
     answer = attend(
         query,
         key,

@@ -38,9 +38,9 @@ class FrozenWeight(Protocol):
 class DenseWeight:
     """A weight in the compute dtype with the adapter at its edges, in one tensor that both products read.
 
-        [ W  sB ]  N
-        [ A   0 ]  R
-          K   R
+    [ W  sB ]  N
+    [ A   0 ]  R
+      K   R
     """
 
     def __init__(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, rank: int) -> None:

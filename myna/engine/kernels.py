@@ -19,7 +19,7 @@ ActivationName = Literal["silu", "gelu", "gelu_tanh"]
 
 @dataclass(frozen=True)
 class Norm:
-    """RMSNorm (Zhang & Sennrich 2019), or LayerNorm where `centred`; the factor is `weight_d`, whatever the family adds to it."""
+    """RMSNorm (Zhang & Sennrich 2019), or LayerNorm where `centred`; `weight_d` has in it what a family adds."""
 
     weight_d: torch.Tensor
     bias_d: torch.Tensor | None
@@ -29,7 +29,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """How one layer attends. Head h of the queries lies at column query_at + h · query_step of the fused product, and so on."""
+    """How one layer attends. Head h of the queries lies at column query_at + h · query_step of the product, and so on."""
 
     num_heads: int
     num_kv_heads: int
@@ -49,7 +49,7 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding (Su et al. 2021) of the pack's tokens, in the halves form of transformers: [T, rotary_dim]."""
+    """Rotary position embedding (Su et al. 2021) of a pack, in the halves form of transformers: [T, rotary_dim]."""
 
     cos_TR: torch.Tensor
     sin_TR: torch.Tensor
@@ -100,9 +100,7 @@ class Kernels(Protocol):
     ) -> None:
         """The gradient in qkv into `out`; `answer` is what `attention` wrote."""
 
-    def quantize_rows(
-        self, x: torch.Tensor, fold: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantize_rows(self, x: torch.Tensor, fold: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """x (· fold, by column) as int8 with one scale a row: x ≈ quants · scale."""
 
     def dequantize(
@@ -148,7 +146,9 @@ class TorchKernels:
         if norm.centred:
             gx -= gy.mean(-1, keepdim=True)
         gx *= inverse
-        return (gx if plus is None else gx + plus).to(x.dtype)
+        gx = gx if plus is None else gx + plus
+        answer: torch.Tensor = gx.to(x.dtype)
+        return answer
 
     def gate(self, h: torch.Tensor, activation: ActivationName, gated: bool, out: torch.Tensor) -> None:
         if not gated:
@@ -199,9 +199,7 @@ class TorchKernels:
         (gradient,) = torch.autograd.grad(answer_with_graph, leaf, g.to(answer_with_graph.dtype))
         out.copy_(gradient)
 
-    def quantize_rows(
-        self, x: torch.Tensor, fold: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantize_rows(self, x: torch.Tensor, fold: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         high = x.float() if fold is None else x.float() * fold
         scale = high.abs().amax(1) / 127
         inverse = torch.where(scale > 0, 1 / scale, 0.0)
@@ -241,9 +239,7 @@ class TorchKernels:
         return loss
 
 
-def plain_attention(
-    qkv: torch.Tensor, spec: AttentionSpec, rope: Rope, layout: PackLayout
-) -> torch.Tensor:
+def plain_attention(qkv: torch.Tensor, spec: AttentionSpec, rope: Rope, layout: PackLayout) -> torch.Tensor:
     """Rotary embedding and causal attention inside documents, with a gradient: [T, ...] to [T, H · D] in float32."""
     query, key, value = turned_heads(_exact(qkv), spec, rope)
     query, key, value = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (query, key, value))
@@ -326,5 +322,9 @@ def _act(x: torch.Tensor, activation: ActivationName) -> torch.Tensor:
 
 def _act_back(g: torch.Tensor, x: torch.Tensor, activation: ActivationName) -> torch.Tensor:
     if activation == "silu":
-        return torch.ops.aten.silu_backward(g, x)
-    return torch.ops.aten.gelu_backward(g, x, approximate="tanh" if activation == "gelu_tanh" else "none")
+        gradient = torch.ops.aten.silu_backward(g, x)
+    else:
+        kind = "tanh" if activation == "gelu_tanh" else "none"
+        gradient = torch.ops.aten.gelu_backward(g, x, approximate=kind)
+    assert isinstance(gradient, torch.Tensor)
+    return gradient

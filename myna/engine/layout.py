@@ -18,6 +18,7 @@ import torch
 from myna.data.packing import Batch
 
 MAX_PADDING = 1.25  # a group's padded size over its own tokens: the point where a second call is cheaper
+DEEPEST_TREE = 4096  # DEEPEST in native.c; every level of a tree is one more row of the pack
 QUERY_ROWS = 4  # tokens of a segment that the C kernels take at a time
 
 
@@ -78,11 +79,13 @@ class PackLayout:
     def tree(self) -> SegmentTree:
         """The segments and their order as arrays of int64."""
         segments = self.batch.segments
-        position, above = [], []
+        position: list[int] = []
+        above: list[list[int]] = []
         for segment in segments:
             parent = segment.parent
             position.append(position[parent] + segments[parent].length if parent >= 0 else 0)
             above.append([*above[parent], parent] if parent >= 0 else [])
+        assert max(map(len, above)) < DEEPEST_TREE
         below: list[list[int]] = [[] for _ in segments]
         for number, chain in enumerate(above):
             for ancestor in chain:
@@ -96,7 +99,9 @@ class PackLayout:
             for first in range(0, segment.length, QUERY_ROWS)
         ]
         return SegmentTree(
-            segments=torch.tensor([(s.start, s.length, p, s.parent) for s, p in zip(segments, position, strict=True)]),
+            segments=torch.tensor(
+                [(s.start, s.length, p, s.parent) for s, p in zip(segments, position, strict=True)]
+            ),
             blocks=torch.tensor(blocks),
             below=torch.tensor([member for members in below for member in members] or [0]),
             below_at=torch.tensor(starts),

@@ -50,7 +50,11 @@ class LoraGroup:
             row += num_rows
         self.parts = tuple(parts)
         self.parameters = tuple(p for part in parts for p in (part.a, part.b))
-        weight = torch.cat([base.weight.detach() for base in bases]) if len(bases) > 1 else bases[0].weight.detach()
+        weight = (
+            torch.cat([base.weight.detach() for base in bases])
+            if len(bases) > 1
+            else bases[0].weight.detach()
+        )
         self.frozen = DenseWeight(weight, _bias(bases), rank)
         self._exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.refresh()
@@ -106,5 +110,8 @@ def _bias(bases: Sequence[Any]) -> torch.Tensor | None:
     if all(base.bias is None for base in bases):
         return None
     return torch.cat(
-        [base.weight.new_zeros(base.weight.shape[0]) if base.bias is None else base.bias.detach() for base in bases]
+        [
+            base.weight.new_zeros(base.weight.shape[0]) if base.bias is None else base.bias.detach()
+            for base in bases
+        ]
     )

@@ -183,7 +183,10 @@ class NativeKernels(TorchKernels):
         ldt, ldp = tokens + PADDING, layout.longest + PADDING
         tree = layout.tree
         norms = [None if n is None else n for n in (spec.query_norm, spec.key_norm)]
-        rooms = {name: self._room(name, h, tokens, width) for name, h in (("q", heads), ("k", kv), ("v", kv), ("o", heads))}
+        rooms = {
+            name: self._room(name, h, tokens, width)
+            for name, h in (("q", heads), ("k", kv), ("v", kv), ("o", heads))
+        }
         rooms["kt"] = self._room("kt", kv, width, ldt)
         if back:
             if heads * tokens * ldp * 4 <= self._kept_scores:
@@ -222,9 +225,7 @@ class NativeKernels(TorchKernels):
             **{name: room.data_ptr() for name, room in rooms.items()},
         )
 
-    def quantize_rows(
-        self, x: torch.Tensor, fold: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantize_rows(self, x: torch.Tensor, fold: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         x = _rows(x)
         quants, scale_T = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x))
         self._call("myna_quantize_rows", x, x, x.stride(0), fold, quants, scale_T, *x.shape)

@@ -30,7 +30,7 @@ PathName = Literal["fast", "reference"]
 KernelsName = Literal["native", "torch", "flex"]
 
 # oneDNN makes and keeps a kernel for every shape it meets, so each new length of a pack would cost time and memory
-ROUND_TOKENS = 64
+ROUND_TOKENS = 32
 
 
 class Stepper(Protocol):
