@@ -122,3 +122,13 @@ def test_what_makes_training_larger_makes_the_estimate_larger() -> None:
 def test_memory_is_told_in_order() -> None:
     # Linux brings a process's peak up to date a little late
     assert 10 < memory_mb() <= 1.05 * peak_memory_mb() < total_memory_mb()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read as Linux has it")
+def test_a_peak_is_not_that_of_whoever_started_the_process() -> None:
+    held = bytearray(300_000_000)
+    held[::4096] = b"x" * len(held[::4096])
+    program = "from myna.engine.memory import peak_memory_mb; print(peak_memory_mb())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 150 < peak_memory_mb()
+    del held
