@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from myna.engine.compiler import NotNative, compile_cure, find_compiler
-from myna.engine.threads import usable_cores
+from myna.engine.threads import fast_in_bfloat16, usable_cores
 from myna.model.sources import cache_dir
 
 Status = Literal["ok", "warn", "missing"]
@@ -86,8 +86,7 @@ def check_abilities(cpuinfo: str) -> Finding:
     if "avx2" not in found and "neon" not in found:
         cure = "a machine with AVX2 (x86 since 2013) or NEON trains and answers several times faster"
         return Finding("abilities", "warn", "the cores have neither AVX2 nor NEON", found, cure)
-    fast = {"avx512_bf16", "amx", "arm_bf16"} & {*found}
-    text = f"{', '.join(found)}; bf16 is {'faster' if fast else 'no faster'} than fp32"
+    text = f"{', '.join(found)}; training computes in {'bf16' if fast_in_bfloat16(cpuinfo) else 'fp32'} by default"
     return Finding("abilities", "ok", text, found)
 
 

@@ -27,6 +27,9 @@ KERNELS_VARIABLE = "MYNA_KERNELS"  # torch: without the C kernels · native: ref
 MEMORY_SHARE = (
     0.6  # of all memory: the rest is for the page cache, other programs, and what an estimate misses
 )
+FP32_SHARE = (
+    0.25  # of all memory that the weights may take in fp32 where fp32 is the faster format by a little
+)
 NEW_RUN = "or start another run: --set run.name=NAME"
 
 
@@ -47,6 +50,7 @@ class FrozenPlan:
     quantize: str = "none"
     checkpoint_layers: int = 0
     round_tokens: int = 64
+    widen: bool = False  # products of narrower weights in float32
     head_tokens: int | None = (
         None  # target tokens that the head projects at a time; None: as the engine has it
     )
@@ -64,6 +68,8 @@ class FrozenPlan:
                 if self.kernels == "native"
                 else f"kernels: torch's ({self.kernels_reason})"
             )
+        if self.widen:
+            yield f"{self.dtype} is multiplied in fp32, which this CPU does faster"
         if self.quantize != "none":
             yield f"the frozen base is kept and multiplied as {self.quantize}"
         if self.checkpoint_layers:
@@ -105,8 +111,8 @@ def freeze_plan(recipe: Recipe, config: Any, lengths: Sequence[int], machine: Ma
     MYNA_KERNELS=native asks for kernels that cannot be had.
     """
     settings, quantize = recipe.train, recipe.model.quantize
-    dtype = recipe.model.dtype if recipe.model.dtype != "auto" else ("bf16" if machine.fast_bf16 else "fp32")
     path, reason = choose_path(config, recipe.adapter, packed=settings.packed)
+    dtype = recipe.model.dtype if recipe.model.dtype != "auto" else _best_dtype(config, machine, path)
     kernels, kernels_reason = plan_kernels(machine.device, dtype, path)
     _refuse_int8(quantize, path, reason, machine.device)
     assert settings.pack_tokens is not None
@@ -147,10 +153,19 @@ def freeze_plan(recipe: Recipe, config: Any, lengths: Sequence[int], machine: Ma
         quantize=quantize,
         checkpoint_layers=checkpoint_layers,
         round_tokens=ROUND_TOKENS,
+        widen=path == "fast" and machine.device == "cpu" and dtype != "fp32" and not machine.fast_bf16,
         head_tokens=chunk_tokens(shape.vocabulary, BYTES[dtype]),
         memory_mb=round(needed_mb(checkpoint_layers)),
         total_memory_mb=machine.total_memory_mb,
     )
+
+
+def _best_dtype(config: Any, machine: Machine, path: PathName) -> str:
+    """bf16 where this machine is fast at it, or where a base in fp32 would take most of the memory."""
+    if machine.fast_bf16:
+        return "bf16"
+    weights_mb = base_shape(config).num_weights * BYTES["fp32"] / 1e6
+    return "bf16" if path == "fast" and weights_mb > FP32_SHARE * machine.total_memory_mb else "fp32"
 
 
 def read_plan(path: Path) -> FrozenPlan:
@@ -197,7 +212,7 @@ def plan_kernels(device: str, dtype: str, path: PathName) -> tuple[KernelsName, 
 def planned_kernels(plan: FrozenPlan) -> Kernels:
     """The kernels that a run was planned with. MachineError where they cannot be had any more."""
     try:
-        return choose_kernels(plan.kernels, plan.threads)
+        return choose_kernels(plan.kernels, plan.threads, widen=plan.widen)
     except NotNative as error:
         raise MachineError(
             f"the run was begun with C kernels, which cannot be had now: {error}",

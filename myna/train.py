@@ -192,8 +192,10 @@ def _take_step(
 
 
 def _product_peak(plan: FrozenPlan) -> float | None:
-    """What the machine's products reach in the plan's number format, in FLOP/s; None off the fast path."""
-    return _measured_peak(plan.dtype, plan.threads, plan.device) if plan.path == "fast" else None
+    """What the machine's products reach in the format that they are done in, in FLOP/s; None off the fast path."""
+    if plan.path != "fast":
+        return None
+    return _measured_peak("fp32" if plan.widen else plan.dtype, plan.threads, plan.device)
 
 
 @functools.cache

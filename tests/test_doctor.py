@@ -115,14 +115,14 @@ def test_a_version_that_is_too_old_is_no_missing_package() -> None:
     ("cpuinfo", "status", "abilities", "words"),
     [
         ("flags\t: fpu sse2\n", "warn", [], "neither"),
-        ("flags\t\t: fpu avx2 fma\nflags : sse2\n", "ok", ["avx2"], "no faster"),
+        ("flags\t\t: fpu avx2 fma\nflags : sse2\n", "ok", ["avx2"], "in fp32 by default"),
         (
-            "flags : avx2 avx512f avx512_bf16 avx512_vnni amx_tile\n",
+            "flags : avx2 avx512f avx512_bf16 avx512_vnni amx_bf16 amx_tile\n",
             "ok",
             ["avx2", "avx512", "avx512_bf16", "avx512_vnni", "amx"],
-            "bf16 is faster",
+            "in bf16 by default",
         ),
-        ("Features\t: fp asimd bf16 i8mm\n", "ok", ["neon", "arm_bf16", "arm_i8mm"], "bf16 is faster"),
+        ("Features\t: fp asimd bf16 i8mm\n", "ok", ["neon", "arm_bf16", "arm_i8mm"], "in fp32 by default"),
         ("", "warn", [], "neither"),
     ],
 )

@@ -74,7 +74,20 @@ def test_everything_that_is_decided_is_in_it() -> None:
     )
     assert found.head_tokens == chunk_tokens(400, 2)
     assert found.kernels in ("native", "torch") and bool(found.kernels_reason) == (found.kernels == "torch")
-    assert plan(replace(MACHINE, fast_bf16=False)).dtype == "fp32"
+
+
+def test_narrow_weights_are_multiplied_in_float32_where_the_cpu_is_slower_in_theirs() -> None:
+    slow = replace(MACHINE, fast_bf16=False)
+    assert (plan(slow).dtype, plan(slow).widen) == ("fp32", False)
+    asked = plan(slow, model={"dtype": "bf16"})
+    assert (asked.dtype, asked.widen) == ("bf16", True)
+    assert "bf16 is multiplied in fp32" in " | ".join(asked.sentences())
+    assert not plan(model={"dtype": "bf16"}).widen
+    assert not plan(slow, model={"dtype": "bf16"}, train={"packed": False}).widen
+    # where a float32 base would take most of the memory
+    tight = plan(replace(slow, total_memory_mb=0.1))
+    assert (tight.dtype, tight.widen) == ("bf16", True)
+    assert plan(replace(slow, total_memory_mb=0.1), train={"packed": False}).dtype == "fp32"
 
 
 def test_what_was_decided_is_said() -> None:

@@ -103,9 +103,15 @@ class _Block(torch.autograd.Function):
             g = kernels.norm_back(g, ctx.raw, block.post_norm, ctx.post_stats, None)
         ggh = block.outer.gradient_buffer(x)
         ggh[:, : block.outer.frozen.num_out] = g
-        block.outer.low_gradient(ggh)
+        block.outer.low_gradient(ggh, kernels)
         if not (ctx.needs_input_grad[0] or block.inner.parts):
-            return None, None, None, None, *block.outer.adapter_gradients(ggh, _answer_again(ctx, kernels))
+            return (
+                None,
+                None,
+                None,
+                None,
+                *block.outer.adapter_gradients(ggh, _answer_again(ctx, kernels), kernels),
+            )
         g_answer = block.outer.input_gradient(ggh, kernels)
         inner_ggh = block.inner.gradient_buffer(x)
         g_middle = inner_ggh[:, : block.inner.frozen.num_out]
@@ -119,8 +125,8 @@ class _Block(torch.autograd.Function):
             answer = _answer_buffer(ctx)
             inside = answer[:, : block.outer.frozen.num_in]
             kernels.gate_back(g_answer, middle, block.activation, block.gated, g_middle, inside)
-        outer = block.outer.adapter_gradients(ggh, answer)
-        block.inner.low_gradient(inner_ggh)
+        outer = block.outer.adapter_gradients(ggh, answer, kernels)
+        block.inner.low_gradient(inner_ggh, kernels)
         xh = block.inner.input_buffer(x)
         xh[:, x.shape[1] :] = ctx.h
         kernels.norm(x, block.norm, xh[:, : x.shape[1]])
@@ -128,7 +134,7 @@ class _Block(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             gx = block.inner.input_gradient(inner_ggh, kernels)
             gx = kernels.norm_back(gx, x, block.norm, ctx.stats, coming if ctx.residual else None)
-        inner = block.inner.adapter_gradients(inner_ggh, xh)
+        inner = block.inner.adapter_gradients(inner_ggh, xh, kernels)
         ctx.x = ctx.middle = ctx.attended = ctx.answer = ctx.h = ctx.raw = None
         return gx, None, None, None, *inner, *outer
 

@@ -34,6 +34,12 @@ class BaseShape:
     vocabulary: int
     tied: bool
 
+    @property
+    def num_weights(self) -> int:
+        """Of the linear layers, the embedding and the head."""
+        ends = (1 if self.tied else 2) * self.vocabulary * self.width
+        return self.layers * sum(wide_in * wide_out for wide_in, wide_out in _linears(self)) + ends
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:

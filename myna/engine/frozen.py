@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 
 from myna.engine.kernels import Kernels
 
@@ -56,10 +55,10 @@ class DenseWeight:
         self.bias_N = bias_N
 
     def product(self, xh: torch.Tensor, kernels: Kernels) -> torch.Tensor:
-        return F.linear(xh, self._forward, self.bias_N)
+        return kernels.products.linear(xh, self._forward, self.bias_N)
 
     def product_back(self, ggh: torch.Tensor, kernels: Kernels) -> torch.Tensor:
-        return ggh @ self._backward
+        return kernels.products.back(ggh, self._backward)
 
 
 class Int8Weight:
@@ -85,13 +84,13 @@ class Int8Weight:
 
     def product(self, xh: torch.Tensor, kernels: Kernels) -> torch.Tensor:
         quants_TK, scale_T = kernels.quantize_rows(xh[:, : self.num_in], self._evened_K)
-        low_TN = xh[:, self.num_in :] @ self.b_NR.T if self.rank else None
+        low_TN = kernels.products.linear(xh[:, self.num_in :], self.b_NR) if self.rank else None
         sums_TN = torch._int_mm(quants_TK, self.quants_NK.T)
         return kernels.dequantize(sums_TN, scale_T, self.scale_N, low_TN, self._bias, xh.dtype)
 
     def product_back(self, ggh: torch.Tensor, kernels: Kernels) -> torch.Tensor:
         quants_TN, scale_T = kernels.quantize_rows(ggh[:, : self.num_out], self.scale_N)
-        low_TK = ggh[:, self.num_out :] @ self.a_RK if self.rank else None
+        low_TK = kernels.products.back(ggh[:, self.num_out :], self.a_RK) if self.rank else None
         sums_TK = torch._int_mm(quants_TN, self.quants_NK)
         return kernels.dequantize(sums_TK, scale_T, self._evened_K, low_TK, None, ggh.dtype)
 

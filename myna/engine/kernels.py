@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from myna.engine.layout import PackLayout
+from myna.engine.products import PlainProducts, Products
 
 ActivationName = Literal["silu", "gelu", "gelu_tanh"]
 
@@ -59,6 +60,7 @@ class Kernels(Protocol):
     """What the blocks call. Every function is pure but for its `out`."""
 
     name: str
+    products: Products
 
     def norm(self, x: torch.Tensor, norm: Norm, out: torch.Tensor) -> Any:
         """Writes the normed x into `out`; returns what `norm_back` needs of it."""
@@ -125,6 +127,9 @@ class TorchKernels:
     """The protocol in torch operations: runs everywhere, in every number format."""
 
     name = "torch"
+
+    def __init__(self, products: Products | None = None) -> None:
+        self.products = products or PlainProducts()
 
     def norm(self, x: torch.Tensor, norm: Norm, out: torch.Tensor) -> Any:
         high = _exact(x)

@@ -56,7 +56,6 @@ class LoraGroup:
             else bases[0].weight.detach()
         )
         self.frozen = DenseWeight(weight, _bias(bases), rank)
-        self._exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.refresh()
 
     @torch.no_grad()
@@ -78,31 +77,31 @@ class LoraGroup:
         """[T, N]; fills the last R columns of `xh` with h."""
         if self.frozen.rank:
             num_in = self.frozen.num_in
-            torch.mm(xh[:, :num_in], self.frozen.a_RK.T, out=xh[:, num_in:])
+            kernels.products.linear(xh[:, :num_in], self.frozen.a_RK, out=xh[:, num_in:])
         return self.frozen.product(xh, kernels)
 
-    def low_gradient(self, ggh: torch.Tensor) -> None:
+    def low_gradient(self, ggh: torch.Tensor, kernels: Kernels) -> None:
         """Fills the last R columns of `ggh` with the gradient in h: first of the three parts of a backward."""
         num_out = self.frozen.num_out
         for part in self.parts:
             gh = ggh[:, num_out + part.ranks.start : num_out + part.ranks.stop]
-            torch.mm(ggh[:, part.rows], self.frozen.b_NR[part.rows, part.ranks], out=gh)
+            kernels.products.back(ggh[:, part.rows], self.frozen.b_NR[part.rows, part.ranks], out=gh)
 
     def input_gradient(self, ggh: torch.Tensor, kernels: Kernels) -> torch.Tensor:
         """The gradient in x, [T, K]; left out where nobody needs it."""
         return self.frozen.product_back(ggh, kernels)
 
-    def adapter_gradients(self, ggh: torch.Tensor, xh: torch.Tensor) -> list[torch.Tensor]:
+    def adapter_gradients(self, ggh: torch.Tensor, xh: torch.Tensor, kernels: Kernels) -> list[torch.Tensor]:
         """The gradients in `parameters`."""
         num_out, num_in = self.frozen.num_out, self.frozen.num_in
         if not self.parts:
             return []
-        ga_RK = (ggh[:, num_out:].T @ xh[:, :num_in]).to(self._exact)
+        ga_RK = kernels.products.outer(ggh[:, num_out:], xh[:, :num_in])
         gradients = []
         for part in self.parts:
             h = xh[:, num_in + part.ranks.start : num_in + part.ranks.stop]
             gradients.append(ga_RK[part.ranks])
-            gradients.append((ggh[:, part.rows].T @ h).to(self._exact).mul_(part.scaling))
+            gradients.append(kernels.products.outer(ggh[:, part.rows], h).mul_(part.scaling))
         return gradients
 
 

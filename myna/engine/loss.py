@@ -39,9 +39,9 @@ class _TargetLoss(torch.autograd.Function):
         gradient_Nd = torch.empty_like(hidden_Nd)
         for start in range(0, len(targets_N), chunk):
             rows = slice(start, start + chunk)
-            logits_CV = hidden_Nd[rows] @ head_Vd.T
+            logits_CV = kernels.products.linear(hidden_Nd[rows], head_Vd)
             loss += kernels.loss_back(logits_CV, targets_N[rows], softcap)
-            torch.mm(logits_CV, head_Vd, out=gradient_Nd[rows])
+            kernels.products.back(logits_CV, head_Vd, out=gradient_Nd[rows])
         ctx.save_for_backward(gradient_Nd)
         return loss
 

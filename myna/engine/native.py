@@ -17,6 +17,7 @@ import torch
 from myna.engine.compiler import NotNative, compiled_kernels
 from myna.engine.kernels import ActivationName, AttentionSpec, Norm, Rope, TorchKernels
 from myna.engine.layout import PackLayout
+from myna.engine.products import Products
 
 PADDING = 64  # floats after each row of a transposed copy: the kernels read and write whole vectors
 WIDEST_HEAD = 1024
@@ -57,7 +58,14 @@ class NativeKernels(TorchKernels):
 
     name = "native"
 
-    def __init__(self, library: NativeLibrary, threads: int, kept_scores: int = KEPT_SCORES) -> None:
+    def __init__(
+        self,
+        library: NativeLibrary,
+        threads: int,
+        kept_scores: int = KEPT_SCORES,
+        products: Products | None = None,
+    ) -> None:
+        super().__init__(products)
         self._library = library.functions
         self._kept_scores = kept_scores
         self._scratch: dict[str, torch.Tensor] = {}
@@ -275,10 +283,10 @@ def _fits(spec: AttentionSpec) -> bool:
 # Loading
 
 
-def load_native(threads: int) -> NativeKernels:
+def load_native(threads: int, products: Products | None = None) -> NativeKernels:
     """The C kernels, compiled where they are not yet, tried before first use. NotNative says why they cannot be had."""
     _try_once(threads)
-    return NativeKernels(native_library(), threads)
+    return NativeKernels(native_library(), threads, products=products)
 
 
 @functools.cache

@@ -23,6 +23,7 @@ from myna.engine.families import FAST
 from myna.engine.flex import FlexKernels
 from myna.engine.kernels import Kernels, TorchKernels
 from myna.engine.native import load_native
+from myna.engine.products import PlainProducts, WideProducts
 from myna.engine.threads import usable_cores
 from myna.recipe import AdapterSettings
 
@@ -46,11 +47,12 @@ class Stepper(Protocol):
         """What the pack's matrix products come to, in FLOP; None where it is not known."""
 
 
-def choose_kernels(name: KernelsName, threads: int) -> Kernels:
-    """The kernels that a plan names. NotNative where the C ones cannot be had here."""
+def choose_kernels(name: KernelsName, threads: int, *, widen: bool = False) -> Kernels:
+    """The kernels that a plan names, `widen` with products in float32. NotNative where the C ones cannot be had here."""
+    products = WideProducts() if widen else PlainProducts()
     if name == "native":
-        return load_native(threads)
-    return FlexKernels() if name == "flex" else TorchKernels()
+        return load_native(threads, products)
+    return FlexKernels(products) if name == "flex" else TorchKernels(products)
 
 
 def best_kernels(device: str, dtype: str) -> tuple[KernelsName, str]:

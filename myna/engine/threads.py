@@ -23,8 +23,13 @@ def usable_cores() -> int:
     return cores
 
 
-def fast_in_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
-    info = Path("/proc/cpuinfo")
-    flags = info.read_text() if info.is_file() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+def fast_in_bfloat16(cpuinfo: str | None = None) -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32, by what /proc/cpuinfo (Linux) says of it.
+
+    AMX does; so does AVX512-BF16 on AMD's, twice as fast (measured). Intel's are half as fast with it as in float32
+    (measured on one whose AMX the hypervisor hides).
+    """
+    if cpuinfo is None:
+        info = Path("/proc/cpuinfo")
+        cpuinfo = info.read_text() if info.is_file() else ""
+    return "amx_bf16" in cpuinfo or ("avx512_bf16" in cpuinfo and "GenuineIntel" not in cpuinfo)
