@@ -13,9 +13,7 @@ import torch
 from myna.data.packing import collate
 from myna.engine.kernels import ActivationName, AttentionSpec, Kernels, Norm, Rope, TorchKernels
 from myna.engine.layout import plan_layout
-from myna.engine.native import NativeKernels, native_library
 from myna.engine.step import KernelsName, best_kernels
-from myna.engine.threads import usable_cores
 
 # one rounding of the result and the sums' own: what a float32 or bfloat16 answer may be off by, by norm
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
@@ -176,19 +174,8 @@ def test_attention(name: KernelsName, dtype: torch.dtype, case: str) -> None:
         assert off(found[1], exact[1]) <= 2 * BOUND[dtype]
 
 
-@pytest.mark.parametrize("case", ATTENTION)
-def test_attention_whose_scores_are_made_twice(case: str) -> None:
-    """In the backward, where there are too many to keep from its first pass to its second."""
-    exactness.kernels_named("native")  # or skipped: there is no compiler
-    kernels, spec = NativeKernels(native_library(), usable_cores(), kept_scores=0), ATTENTION[case]
-    found = attend(kernels, spec, (), torch.float32, share=True)
-    exact = attend(EXACT, exact_spec(spec), (), torch.float64, share=True)
-    assert off(found[1], exact[1]) <= 2 * BOUND[torch.float32]
-
-
 @pytest.mark.parametrize("window", [None, 600])
-def test_attention_over_a_row_longer_than_its_scratch(window: int | None) -> None:
-    """From about 4,100 tokens on C takes its scratch from the heap."""
+def test_attention_over_a_long_row(window: int | None) -> None:
     spec = spec_of(1, 1, 16, 16, window=window)
     found = attend(exactness.kernels_named("native"), spec, (4300, 5), torch.float32)
     expected = attend(TorchKernels(), spec, (4300, 5), torch.float32)

@@ -8,12 +8,10 @@ import torch
 from myna.engine.compiler import NotNative
 from myna.engine.kernels import ActivationName, Kernels, Rope, TorchKernels
 from myna.engine.layout import plan_layout
-from myna.engine.native import KEPT_SCORES, NativeKernels, native_library
+from myna.engine.native import NativeKernels, native_library
 from myna.engine.native_check import DOCUMENTS, NUM_TOKENS, ROWS, WIDTH, Draw, attention_spec, small_pack
 
 SPOILED_ROW = 3
-# the backward of attention keeps its probabilities or makes them twice
-every_attention = pytest.mark.parametrize("kernels", ["torch", "native", "native twice"], indirect=True)
 
 
 @pytest.fixture(params=["torch", "native"])
@@ -21,7 +19,7 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
     if request.param == "torch":
         return TorchKernels()
     try:
-        return NativeKernels(native_library(), 1, 0 if request.param == "native twice" else KEPT_SCORES)
+        return NativeKernels(native_library(), 1)
     except NotNative as error:
         pytest.skip(str(error))
 
@@ -125,7 +123,6 @@ def test_loss(
         assert loss.isfinite() != on_target  # a token that cannot be is no fault, unless it is the one wanted
 
 
-@every_attention
 @pytest.mark.parametrize("window", [None, 13])
 @pytest.mark.parametrize("part", ["query", "key", "value"])
 @pytest.mark.parametrize("token", [20, 50, 96])
@@ -152,7 +149,6 @@ def test_attention(
         assert touched <= {*(~back.isfinite().all(1)).nonzero().flatten().tolist()}
 
 
-@every_attention
 def test_attention_from_a_gradient(kernels: Kernels, draw: Draw, bad: float) -> None:
     layout, spec, token = plan_layout(small_pack()), attention_spec(2, 1, 48, 48, scale=0.3), 50
     qkv, g = draw.typed(NUM_TOKENS, 4 * 48), draw.typed(NUM_TOKENS, 2 * 48)

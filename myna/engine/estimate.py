@@ -145,7 +145,7 @@ def _passing(shape: BaseShape, size: int, *, native: bool, quantize: str) -> flo
     fused = shape.query + 2 * shape.key_value
     middle = shape.inner * (2 if shape.gated else 1)
     blocks = size * (6 * shape.width + middle + 2 * shape.inner)
-    attention = 4 * (5 * shape.query + 6 * shape.key_value + shape.heads) if native else 4 * 4 * fused
+    attention = 4 * (5 * shape.query + 4 * shape.key_value + shape.heads) if native else 4 * 4 * fused
     sums = (4 + 1) * max(middle, shape.inner, fused) if quantize == "int8" else 0
     return blocks + attention + sums
 

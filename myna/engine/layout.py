@@ -18,8 +18,9 @@ import torch
 from myna.data.packing import Batch
 
 MAX_PADDING = 1.25  # a group's padded size over its own tokens: the point where a second call is cheaper
-DEEPEST_TREE = 4096  # DEEPEST in native.c; every level of a tree is one more row of the pack
-QUERY_ROWS = 4  # tokens of a segment that the C kernels take at a time
+DEEPEST_TREE = 4096  # DEEPEST in native_attention.h; every level of a tree is one more row of the pack
+QUERY_TILE = 32  # tokens of a segment that the C kernels take at a time: TILE in native_attention.h
+KEY_CHUNK = 64  # CHUNK there: as many of a segment's keys lie together, as columns
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,15 @@ class PackLayout:
         for number, chain in enumerate(above):
             for ancestor in chain:
                 below[ancestor].append(number)
-        starts = [0]
+        starts, places = [0], [0]
+        for segment in segments:
+            places.append(places[-1] - -segment.length // KEY_CHUNK * KEY_CHUNK)
         for members in below:
             starts.append(starts[-1] + len(members))
         blocks = [
-            (number, segment.start + first, min(QUERY_ROWS, segment.length - first))
+            (number, segment.start + first, min(QUERY_TILE, segment.length - first))
             for number, segment in enumerate(segments)
-            for first in range(0, segment.length, QUERY_ROWS)
+            for first in range(0, segment.length, QUERY_TILE)
         ]
         return SegmentTree(
             segments=torch.tensor(
@@ -105,6 +108,9 @@ class PackLayout:
             blocks=torch.tensor(blocks),
             below=torch.tensor([member for members in below for member in members] or [0]),
             below_at=torch.tensor(starts),
+            places=torch.tensor(places[:-1]),
+            num_places=places[-1],
+            roots=torch.tensor([number for number, s in enumerate(segments) if s.parent < 0]),
         )
 
 
@@ -112,13 +118,17 @@ class PackLayout:
 class SegmentTree:
     """`segments` [S, 4]: start, length, position of the first token, parent. `blocks` [B, 3]: segment, first token, tokens.
 
-    `below[below_at[s] : below_at[s + 1]]` are the descendants of segment s.
+    `below[below_at[s] : below_at[s + 1]]` are the descendants of segment s, `roots` the segments without a parent. As
+    columns the keys of s lie from `places[s]` on, `num_places` in all.
     """
 
     segments: torch.Tensor
     blocks: torch.Tensor
     below: torch.Tensor
     below_at: torch.Tensor
+    places: torch.Tensor
+    num_places: int
+    roots: torch.Tensor
 
 
 def plan_layout(batch: Batch, device: torch.device | str = "cpu") -> PackLayout:

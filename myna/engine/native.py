@@ -19,9 +19,7 @@ from myna.engine.kernels import ActivationName, AttentionSpec, Norm, Rope, Torch
 from myna.engine.layout import PackLayout
 from myna.engine.products import Products
 
-PADDING = 64  # floats after each row of a transposed copy: the kernels read and write whole vectors
 WIDEST_HEAD = 1024
-KEPT_SCORES = 16_000_000  # bytes of probabilities kept between the two passes of a backward; beyond, they are made twice
 NO_WINDOW = 1 << 40
 OPENMP_NAMES = ("libgomp", "libomp", "libiomp")
 
@@ -32,15 +30,16 @@ class _Job(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("T", "H", "KV", "D", "R")),
         *((n, ctypes.c_int64) for n in ("query_at", "query_step", "key_at", "value_at", "kv_step")),
-        *((name, ctypes.c_int64) for name in ("window", "num_segments", "ldt")),
+        *((name, ctypes.c_int64) for name in ("window", "num_segments", "num_places")),
         ("segments", ctypes.c_void_p),
         ("blocks", ctypes.c_void_p),
         ("num_blocks", ctypes.c_int64),
-        *((n, ctypes.c_void_p) for n in ("below", "below_at", "cos", "sin", "query_norm", "key_norm")),
+        *((name, ctypes.c_void_p) for name in ("below", "below_at", "places", "roots")),
+        ("num_roots", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "query_norm", "key_norm")),
         *((name, ctypes.c_float) for name in ("query_eps", "key_eps", "scale", "softcap")),
-        *((n, ctypes.c_void_p) for n in ("q", "k", "v", "qt", "kt", "vt", "lse", "o", "ot", "delta")),
-        *((name, ctypes.c_void_p) for name in ("gq", "gk", "gv", "p", "gp")),
-        ("ldp", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "kt", "vt", "lse", "o", "delta")),
+        *((name, ctypes.c_void_p) for name in ("gq", "gk", "gv")),
     )
 
 
@@ -62,12 +61,10 @@ class NativeKernels(TorchKernels):
         self,
         library: NativeLibrary,
         threads: int,
-        kept_scores: int = KEPT_SCORES,
         products: Products | None = None,
     ) -> None:
         super().__init__(products)
         self._library = library.functions
-        self._kept_scores = kept_scores
         self._scratch: dict[str, torch.Tensor] = {}
         parallel = _gomp_parallel()
         if parallel is None and threads > 1:
@@ -188,21 +185,16 @@ class NativeKernels(TorchKernels):
         back: bool,
     ) -> _Job:
         tokens, heads, kv, width = len(qkv), spec.num_heads, spec.num_kv_heads, spec.head_dim
-        ldt, ldp = tokens + PADDING, layout.longest + PADDING
         tree = layout.tree
         norms = [None if n is None else n for n in (spec.query_norm, spec.key_norm)]
         rooms = {
             name: self._room(name, h, tokens, width)
             for name, h in (("q", heads), ("k", kv), ("v", kv), ("o", heads))
         }
-        rooms["kt"] = self._room("kt", kv, width, ldt)
+        rooms["kt"] = self._room("kt", kv, width, tree.num_places)
         if back:
-            if heads * tokens * ldp * 4 <= self._kept_scores:
-                rooms |= {n: self._room(n, heads, tokens, ldp) for n in ("p", "gp")}
-            else:
-                rooms |= {n: self._room(n, heads, width, ldt) for n in ("qt", "ot")}
-            rooms |= {"vt": self._room("vt", kv, width, ldt), "gq": self._room("gq", heads, tokens, width)}
-            rooms |= {n: self._room(n, kv, tokens, width) for n in ("gk", "gv")}
+            rooms |= {n: self._room(n, heads, tokens, width) for n in ("gq", "gk", "gv")}
+            rooms["vt"] = self._room("vt", kv, width, tree.num_places)
             rooms["delta"] = self._room("delta", heads, tokens)
         return _Job(
             T=tokens,
@@ -217,9 +209,9 @@ class NativeKernels(TorchKernels):
             kv_step=spec.kv_step,
             window=spec.window or NO_WINDOW,
             num_segments=len(tree.segments),
-            ldt=ldt,
-            ldp=ldp,
+            num_places=tree.num_places,
             num_blocks=len(tree.blocks),
+            num_roots=len(tree.roots),
             scale=spec.scale,
             softcap=spec.softcap or 0.0,
             query_eps=norms[0].eps if norms[0] else 0.0,
@@ -229,7 +221,10 @@ class NativeKernels(TorchKernels):
             cos=rope.cos_TR.data_ptr(),
             sin=rope.sin_TR.data_ptr(),
             lse=lse_HT.data_ptr(),
-            **{n: getattr(tree, n).data_ptr() for n in ("segments", "blocks", "below", "below_at")},
+            **{
+                n: getattr(tree, n).data_ptr()
+                for n in ("segments", "blocks", "below", "below_at", "places", "roots")
+            },
             **{name: room.data_ptr() for name, room in rooms.items()},
         )
 
@@ -291,9 +286,9 @@ def load_native(threads: int, products: Products | None = None) -> NativeKernels
 
 @functools.cache
 def _try_once(threads: int) -> None:
-    from myna.engine.native_check import KEPT_SCORES_TRIED, check_native
+    from myna.engine.native_check import check_native
 
-    check_native(NativeKernels(native_library(), threads, KEPT_SCORES_TRIED))
+    check_native(NativeKernels(native_library(), threads))
 
 
 @functools.cache

@@ -135,7 +135,7 @@ typedef struct {
     int back;
 } NAME(turn_job);
 
-/* one head of 16 tokens: typed to float32, turned, with its transposed copy where asked for */
+/* one head of a block of tokens: typed to float32, turned, and as columns where asked for */
 static void NAME(fetch_head)(const NAME(turn_job) *j, int64_t at, int64_t t0, int64_t n, float *rows, float *columns, int turned,
                              const float *norm, float eps) {
     const attention_job *a = j->a;
@@ -145,18 +145,17 @@ static void NAME(fetch_head)(const NAME(turn_job) *j, int64_t at, int64_t t0, in
         EACH(i, m, a->D) store_f(row + i, GET(x + i, m));
         if (turned) turn(row, a->D, a->R, a->cos + t * a->R, a->sin + t * a->R, norm, eps);
     }
-    if (columns) transpose(rows + t0 * a->D, a->D, n, columns + t0, a->ldt);
+    if (columns) transpose(rows + t0 * a->D, a->D, n, columns);
 }
 
 static void NAME(turn_piece)(void *job, int64_t piece) {
     const NAME(turn_job) *j = job;
     const attention_job *a = j->a;
-    int64_t groups = (a->T + NAME(TURN_TOKENS) - 1) / NAME(TURN_TOKENS);
-    int64_t head = piece / groups, t0 = piece % groups * NAME(TURN_TOKENS), n = MIN(NAME(TURN_TOKENS), a->T - t0);
-    int64_t plane = a->T * a->D, columns = a->D * a->ldt;
+    int64_t head = piece / a->num_blocks, plane = a->T * a->D;
+    const int64_t *block = a->blocks + 3 * (piece % a->num_blocks);
+    int64_t t0 = block[1], n = block[2];
     if (head < a->H) {
-        NAME(fetch_head)(j, a->query_at + head * a->query_step, t0, n, a->q + head * plane,
-                         j->back && !a->p ? a->qt + head * columns : 0, 1, a->query_norm, a->query_eps);
+        NAME(fetch_head)(j, a->query_at + head * a->query_step, t0, n, a->q + head * plane, 0, 1, a->query_norm, a->query_eps);
         if (!j->back) return;
         float *g = a->o + head * plane;
         for (int64_t t = t0; t < t0 + n; t++) {
@@ -168,14 +167,13 @@ static void NAME(turn_piece)(void *job, int64_t piece) {
             }
             a->delta[head * a->T + t] = total(dot);
         }
-        if (!a->p) transpose(g + t0 * a->D, a->D, n, a->ot + head * columns + t0, a->ldt);
         return;
     }
     head -= a->H;
-    NAME(fetch_head)(j, a->key_at + head * a->kv_step, t0, n, a->k + head * plane, a->kt + head * columns, 1, a->key_norm,
-                     a->key_eps);
-    NAME(fetch_head)(j, a->value_at + head * a->kv_step, t0, n, a->v + head * plane, j->back ? a->vt + head * columns : 0, 0,
-                     0, 0);
+    int64_t place = a->places[block[0]] + t0 - a->segments[4 * block[0]];
+    int64_t column = (head * a->num_places + place / CHUNK * CHUNK) * a->D + place % CHUNK;
+    NAME(fetch_head)(j, a->key_at + head * a->kv_step, t0, n, a->k + head * plane, a->kt + column, 1, a->key_norm, a->key_eps);
+    NAME(fetch_head)(j, a->value_at + head * a->kv_step, t0, n, a->v + head * plane, j->back ? a->vt + column : 0, 0, 0, 0);
 }
 
 static void NAME(answer_piece)(void *job, int64_t piece) {
@@ -190,7 +188,7 @@ static void NAME(answer_piece)(void *job, int64_t piece) {
 void NAME(myna_attention)(attention_job *a, const TYPE *qkv, int64_t ld, TYPE *out, int64_t ldo) {
     NAME(turn_job) job = {.a = a, .qkv = qkv, .ld = ld, .out = out, .ldo = ldo};
     int64_t groups = (a->T + NAME(TURN_TOKENS) - 1) / NAME(TURN_TOKENS);
-    for_pieces(NAME(turn_piece), &job, groups * (a->H + a->KV));
+    for_pieces(NAME(turn_piece), &job, a->num_blocks * (a->H + a->KV));
     for_pieces(attend, a, a->num_blocks * a->H);
     for_pieces(NAME(answer_piece), &job, groups);
 }
@@ -198,7 +196,7 @@ void NAME(myna_attention)(attention_job *a, const TYPE *qkv, int64_t ld, TYPE *o
 static void NAME(turn_back_piece)(void *job, int64_t piece) {
     const NAME(turn_job) *j = job;
     const attention_job *a = j->a;
-    int64_t end = MIN(a->T, (piece + 1) * NAME(TURN_TOKENS)), plane = a->T * a->D;
+    int64_t end = MIN(a->T, (piece + 1) * NAME(TURN_TOKENS)), plane = a->T * a->D, rep = a->H / a->KV;
     float raw[1024];
     for (int64_t t = piece * NAME(TURN_TOKENS); t < end; t++) {
         const float *cos = a->cos + t * a->R, *sin = a->sin + t * a->R;
@@ -206,15 +204,18 @@ static void NAME(turn_back_piece)(void *job, int64_t piece) {
             int is_query = head < a->H;
             int64_t own = is_query ? head : head - a->H;
             int64_t at = is_query ? a->query_at + own * a->query_step : a->key_at + own * a->kv_step;
-            float *g = (is_query ? a->gq : a->gk) + own * plane + t * a->D;
+            float *g = (is_query ? a->gq + own * plane : a->gk + own * rep * plane) + t * a->D;
+            if (!is_query) add_heads(g, plane, rep, a->D);
             const float *norm = is_query ? a->query_norm : a->key_norm;
             if (norm) EACH(i, m, a->D) store_f(raw + i, GET(j->qkv + t * j->ld + at + i, m));
             turn_back(g, raw, a->D, a->R, cos, sin, norm, is_query ? a->query_eps : a->key_eps);
             EACH(i, m, a->D) PUT(j->out + t * j->ldo + at + i, load_f(g + i), m);
         }
-        for (int64_t head = 0; head < a->KV; head++)
-            EACH(i, m, a->D)
-            PUT(j->out + t * j->ldo + a->value_at + head * a->kv_step + i, load_f(a->gv + head * plane + t * a->D + i), m);
+        for (int64_t head = 0; head < a->KV; head++) {
+            float *g = a->gv + head * rep * plane + t * a->D;
+            add_heads(g, plane, rep, a->D);
+            EACH(i, m, a->D) PUT(j->out + t * j->ldo + a->value_at + head * a->kv_step + i, load_f(g + i), m);
+        }
     }
 }
 
@@ -223,9 +224,8 @@ void NAME(myna_attention_back)(attention_job *a, const TYPE *g, int64_t ldg, con
     NAME(turn_job) job = {.a = a, .qkv = qkv, .g = g, .answer = answer, .out = out, .ld = ld, .ldg = ldg, .lda = lda,
                           .ldo = ldo, .back = 1};
     int64_t groups = (a->T + NAME(TURN_TOKENS) - 1) / NAME(TURN_TOKENS);
-    for_pieces(NAME(turn_piece), &job, groups * (a->H + a->KV));
-    for_pieces(attend_back_q, a, a->num_blocks * a->H);
-    for_pieces(attend_back_kv, a, a->num_blocks * a->KV);
+    for_pieces(NAME(turn_piece), &job, a->num_blocks * (a->H + a->KV));
+    for_pieces(attend_back, a, a->num_roots * a->H);
     for_pieces(NAME(turn_back_piece), &job, groups);
 }
 
