@@ -107,9 +107,13 @@ def fresh_torch_mb(python: str | Path) -> float:
     return run_child([python, "-c", "import torch"], cwd=ROOT).peak_mb
 
 
-def bf16_peak() -> float:
-    """FLOP/s of this CPU's bf16 product on the cores that may be used, measured in a process of its own."""
-    program = f"from myna.engine.peaks import product_peak; print(product_peak('bf16', {usable_cores()}))"
+def float_peak() -> float:
+    """FLOP/s of this CPU's bf16 or fp32 product, whichever is faster here, on the cores that may be used.
+
+    Measured in a process of its own.
+    """
+    peaks = ", ".join(f"product_peak('{dtype}', {usable_cores()})" for dtype in ("bf16", "fp32"))
+    program = f"from myna.engine.peaks import product_peak; print(max({peaks}))"
     return float(
         run_child([sys.executable, "-c", program], cwd=ROOT, variables={"PYTHONPATH": str(ROOT)}).stdout
     )

@@ -184,5 +184,5 @@ def _shares(race: Race) -> list[Figure]:
             continue
         bar = SHARE_BARS.get(race.workload) if variant.quantize == "none" else None
         shares = spread(known)
-        found.append(Figure(f"{variant.name}: products ÷ the bf16 peak", shares.middle, shares, bar))
+        found.append(Figure(f"{variant.name}: products ÷ the float peak", shares.middle, shares, bar))
     return found

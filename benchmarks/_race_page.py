@@ -43,7 +43,7 @@ def _heading(race: Race, course: Course, where: Circumstances) -> str:
     return "\n".join(
         [
             f"{where.date} · {where.machine} · {versions} · commit {where.commit}",
-            f"load before (1, 5, 15 min): {where.load_before} · bf16 product peak in this run: "
+            f"load before (1, 5, 15 min): {where.load_before} · float product peak in this run: "
             f"{race.product_peak / 1e9:.0f} GFLOP/s",
             "",
             f"`{where.command}`",

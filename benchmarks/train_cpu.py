@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from _children import bf16_peak, fresh_torch_mb, neighbour, packaged_folder  # noqa: E402
+from _children import float_peak, fresh_torch_mb, neighbour, packaged_folder  # noqa: E402
 from _laps import BASE, BATCH_SIZE, Course, Lap, Peer, myna_lap, peer_lap  # noqa: E402
 from _machine import (  # noqa: E402
     RESULTS_DIR,
@@ -77,12 +77,12 @@ def run_race(arguments: argparse.Namespace, scratch: Path) -> Race:
     if peers:
         fresh_mb["peer"] = fresh_torch_mb(arguments.peer_python)
     run_lap = lap_runner(arguments, scratch)
-    peaks = [bf16_peak()]
+    peaks = [float_peak()]
     quiet: dict[str, list[Lap]] = {variant.name: [] for variant in in_turn(myna, peers)}
     for _ in range(arguments.repeats):
         for variant in in_turn(myna, peers):
             quiet[variant.name].append(told(variant.name, run_lap(variant)))
-        peaks.append(bf16_peak())
+        peaks.append(float_peak())
     # Myna's laps measure the peak themselves as well, and the highest is the nearest to what the CPU can do
     peaks += [lap.product_peak for lap in chain.from_iterable(quiet.values()) if lap.product_peak]
     race = Race(workload_name(arguments), myna, peers, quiet, fresh_mb, max(peaks))
@@ -163,7 +163,7 @@ def result_of(race: Race, course: Course, where: Circumstances) -> dict[str, Any
         "best_peer": best_peer(race),
         "figures": found,
         "fresh_torch_mb": dict(race.fresh_mb),
-        "bf16_product_peak_flops_per_s": race.product_peak,
+        "float_product_peak_flops_per_s": race.product_peak,
         "laps": {
             kind: {name: [asdict(lap) for lap in done] for name, done in these.items()}
             for kind, these in laps.items()

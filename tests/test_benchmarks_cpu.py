@@ -120,12 +120,12 @@ def test_memory_is_compared_less_what_torch_takes_in_each_interpreter() -> None:
 
 
 def test_the_share_of_the_peak_is_of_products_alone() -> None:
-    assert figure(race(), "Myna bf16: products ÷ the bf16 peak") == (0.5, "must")
+    assert figure(race(), "Myna bf16: products ÷ the float peak") == (0.5, "must")
     assert not any("Myna int8: products" in f.what for f in figures(race())), "its products were not counted"
 
 
 def test_more_than_the_peak_is_void() -> None:
-    what = "Myna bf16: products ÷ the bf16 peak"
+    what = "Myna bf16: products ÷ the float peak"
     assert figure(race(product_peak=1.4e11), what)[1] == "void"
     assert figure(race(product_peak=1.5e11), what)[1] == "goal"
 
@@ -180,7 +180,7 @@ def test_the_page_shows_every_variant_bar_and_loss() -> None:
     )
     assert "| 1 | 2.0000 | 2.0000 | 2.0000 | 2.0001 |" in lines
     assert "| 3 |  |  |  | 1.2500 |" in lines
-    assert "Beside one" not in page and "bf16 product peak in this run: 300 GFLOP/s" in page
+    assert "Beside one" not in page and "float product peak in this run: 300 GFLOP/s" in page
     assert "3 of each" in page and "The first 72 rows, 8 steps" in page
     assert json.loads(json.dumps(result_of(race(), COURSE, WHERE)))["figures"][0]["verdict"] == "must"
 
