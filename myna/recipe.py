@@ -69,7 +69,7 @@ class AdapterSettings(Section):
     method: Literal["lora", "rslora"] = Field("lora", description="lora · rslora")
     r: Annotated[int, Field(ge=1)] = Field(16, description="rank")
     alpha: Annotated[float, Field(gt=0)] = Field(16, description="scale of the adapter: alpha / r")
-    dropout: Fraction = Field(0.0, description="dropout before the adapter; > 0 takes the reference path")
+    dropout: Fraction = Field(0.0, description="dropout before the adapter, a mask for each target module")
     target_modules: str | list[str] = Field("all-linear", description="all-linear, or names of layers")
 
 

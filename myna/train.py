@@ -67,12 +67,14 @@ def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) ->
         stepper.refresh()
         say(f"going on after step {found.state.step}")
     cut_metrics(run.metrics_path, first - 1)
+    if plan.path == "fast" and prepared.recipe.adapter.dropout:
+        say("dropout: each row has masks of its own, so beginnings that rows share are computed for each")
     give_back_memory()  # what loading left behind
     with collector_at_rest():
         for step, epoch, packs in _steps(prepared, first):
             started = time.perf_counter()
             rate = lr_at(step, plan.num_steps, settings)
-            batches = [collate(pack, share=plan.path == "fast") for pack in packs]
+            batches = _collate(prepared, step, packs)
             loss, grad_norm = _take_step(prepared, step, stepper, adapter, packs, batches, rate)
             signal_number = stop_asked()
             seconds = time.perf_counter() - started
@@ -157,6 +159,15 @@ def _steps(prepared: Prepared, first: int) -> Iterator[tuple[int, int, Packs]]:
         yield step, epoch, [[examples[row] for row in pack] for pack in packs]
 
 
+def _collate(prepared: Prepared, step: int, packs: Packs) -> list[Batch]:
+    """The packs of a step as tensors; with dropout each with what its masks are drawn from."""
+    is_fast = prepared.plan.path == "fast"
+    if is_fast and prepared.recipe.adapter.dropout:
+        seed = prepared.recipe.train.seed
+        return [collate(pack, draw=(seed, step, number)) for number, pack in enumerate(packs)]
+    return [collate(pack, share=is_fast) for pack in packs]
+
+
 def _take_step(
     prepared: Prepared,
     step: int,
@@ -177,8 +188,7 @@ def _take_step(
         loss.backward()
     grad_norm = adapter.clip(prepared.recipe.train.max_grad_norm)
     if not all_finite(loss_sum, grad_norm):
-        share = prepared.plan.path == "fast"
-        rows = rows_at_fault(stepper, packs, adapter.gradient_P, num_targets, share=share)
+        rows = rows_at_fault(stepper, packs, batches, adapter.gradient_P, num_targets)
         raise CheckFailed(
             f"the loss of step {step} is {loss_sum}, the norm of its gradient {grad_norm}; {rows}",
             where=str(prepared.run.path),

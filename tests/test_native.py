@@ -169,6 +169,7 @@ MISCOMPILED = {
     "e^x": ("native.c", "0.693359375f", "0.69f", "gate silu"),
     "gelu": ("native_typed.h", "0.7978845608028654f", "0.8f", "gate gelu_tanh"),
     "int8": ("native_typed.h", "/ 127.0f", "/ 126.0f", "quantize_rows"),
+    "a bit of dropout's words": ("native_typed.h", "0xd35a2d97u", "0xd35a2d95u", "dropout"),
     "window": ("native_attention.h", "p - a->window + 1 -", "p - a->window + 2 -", "attention with a window"),
     "softmax over chunks": ("native_attention.h", "expf(before - now)", "1.0f", "attention"),
     "a key's gradient": ("native_attention.h", "n, q + first * D", "n, q", "attention: the gradient of the keys"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from myna.engine.compiler import NotNative
+from myna.engine.dropout import PackMasks
 from myna.engine.kernels import ActivationName, Kernels, Rope, TorchKernels
 from myna.engine.layout import plan_layout
 from myna.engine.native import NativeKernels, native_library
@@ -82,6 +83,15 @@ def test_gate(
     kernels.gate_back(g, h, activation, True, back, again)
     assert_spoiled(back)
     assert_spoiled(again)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.99])
+def test_dropout(kernels: Kernels, draw: Draw, bad: float, column: int, rate: float) -> None:
+    """Also where it is dropped: 0 times what is not a number."""
+    x, out = draw.typed(ROWS, WIDTH), draw.room(ROWS, WIDTH)
+    x[SPOILED_ROW, column] = bad
+    kernels.drop(x, PackMasks((0,), ROWS, 1, WIDTH, x.device).of(0, WIDTH, rate), out)
+    assert_spoiled(out)
 
 
 @pytest.mark.parametrize("fold", [False, True])

@@ -127,7 +127,6 @@ def test_the_longest_pack() -> None:
 
 REFUSED: list[tuple[dict[str, dict[str, object]], Machine, str]] = [
     ({"model": {"quantize": "int8"}, "train": {"packed": False}}, MACHINE, r"int8.*train\.packed is false"),
-    ({"model": {"quantize": "int8"}, "adapter": {"dropout": 0.1}}, MACHINE, r"int8.*dropout is above 0"),
     ({"model": {"quantize": "int8"}}, replace(MACHINE, device="cuda"), "int8.*device is cuda"),
     ({"train": {"packed": False, "gradient_checkpointing": 2}}, MACHINE, "2 layers together"),
 ]

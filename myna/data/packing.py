@@ -48,6 +48,7 @@ class Batch:
     targets_N: torch.Tensor
     segments: tuple[Segment, ...]
     documents: tuple[tuple[int, ...], ...]
+    draw: tuple[int, ...] | None = None  # what its dropout masks are drawn from; None: nothing is dropped
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -96,8 +97,14 @@ def _fill_packs(rows: Sequence[int], lengths: Sequence[int], pack_tokens: int) -
     return tuple(tuple(pack) for pack in packs)
 
 
-def collate(examples: Sequence[Example], *, share: bool = False) -> Batch:
-    """Lays examples side by side in one row of tokens; with `share`, beginnings that several have in common once."""
+def collate(
+    examples: Sequence[Example], *, share: bool = False, draw: tuple[int, ...] | None = None
+) -> Batch:
+    """Lays examples side by side in one row of tokens; with `share`, beginnings that several have in common once.
+
+    With dropout each row draws for itself, so a pack has a `draw` or shares, not both.
+    """
+    assert draw is None or not share
     ids = [np.asarray(example.input_ids_T) for example in examples]
     segments, documents = _tree(ids) if share else _flat(ids)
     place = [np.concatenate([_span(segments[s]) for s in path]) for path in documents]
@@ -118,6 +125,7 @@ def collate(examples: Sequence[Example], *, share: bool = False) -> Batch:
         targets_N=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
         segments=tuple(segments),
         documents=tuple(documents),
+        draw=draw,
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from myna.engine.dropout import PackMasks
 from myna.engine.kernels import ActivationName, AttentionSpec, Kernels, Norm, Rope
 from myna.engine.layout import PackLayout
 from myna.engine.lora import LoraGroup
@@ -48,6 +49,7 @@ class PackTools:
     kernels: Kernels
     rope: Rope
     layout: PackLayout
+    masks: PackMasks | None = None  # where something is dropped
 
 
 def run_block(
@@ -73,7 +75,7 @@ class _Block(torch.autograd.Function):
         kernels = tools.kernels
         xh = block.inner.input_buffer(x)
         stats = kernels.norm(x, block.norm, xh[:, : x.shape[1]])
-        middle = block.inner.forward(xh, kernels)
+        middle = block.inner.forward(xh, kernels, tools.masks)
         answer = block.outer.input_buffer(x)
         inside = answer[:, : block.outer.frozen.num_in]
         attended = None
@@ -81,7 +83,7 @@ class _Block(torch.autograd.Function):
             attended = kernels.attention(middle, block.spec, tools.rope, tools.layout, inside)
         else:
             kernels.gate(middle, block.activation, block.gated, inside)
-        y = block.outer.forward(answer, kernels)
+        y = block.outer.forward(answer, kernels, tools.masks)
         post_stats, raw = None, None
         if block.post_norm is not None:
             raw, y = y, torch.empty_like(y)
@@ -105,14 +107,10 @@ class _Block(torch.autograd.Function):
         ggh[:, : block.outer.frozen.num_out] = g
         block.outer.low_gradient(ggh, kernels)
         if not (ctx.needs_input_grad[0] or block.inner.parts):
-            return (
-                None,
-                None,
-                None,
-                None,
-                *block.outer.adapter_gradients(ggh, _answer_again(ctx, kernels), kernels),
-            )
-        g_answer = block.outer.input_gradient(ggh, kernels)
+            answer = _answer_again(ctx, kernels)
+            outer = block.outer.adapter_gradients(ggh, answer, kernels, tools.masks)
+            return None, None, None, None, *outer
+        g_answer = block.outer.input_gradient(ggh, kernels, tools.masks)
         inner_ggh = block.inner.gradient_buffer(x)
         g_middle = inner_ggh[:, : block.inner.frozen.num_out]
         if isinstance(block, AttentionBlock):
@@ -125,16 +123,16 @@ class _Block(torch.autograd.Function):
             answer = _answer_buffer(ctx)
             inside = answer[:, : block.outer.frozen.num_in]
             kernels.gate_back(g_answer, middle, block.activation, block.gated, g_middle, inside)
-        outer = block.outer.adapter_gradients(ggh, answer, kernels)
+        outer = block.outer.adapter_gradients(ggh, answer, kernels, tools.masks)
         block.inner.low_gradient(inner_ggh, kernels)
         xh = block.inner.input_buffer(x)
         xh[:, x.shape[1] :] = ctx.h
         kernels.norm(x, block.norm, xh[:, : x.shape[1]])
         gx = None
         if ctx.needs_input_grad[0]:
-            gx = block.inner.input_gradient(inner_ggh, kernels)
+            gx = block.inner.input_gradient(inner_ggh, kernels, tools.masks)
             gx = kernels.norm_back(gx, x, block.norm, ctx.stats, coming if ctx.residual else None)
-        inner = block.inner.adapter_gradients(inner_ggh, xh, kernels)
+        inner = block.inner.adapter_gradients(inner_ggh, xh, kernels, tools.masks)
         ctx.x = ctx.middle = ctx.attended = ctx.answer = ctx.h = ctx.raw = None
         return gx, None, None, None, *inner, *outer
 

@@ -12,6 +12,7 @@ import torch
 
 from myna.data.packing import Batch
 from myna.engine.blocks import PackTools, run_block
+from myna.engine.dropout import PackMasks
 from myna.engine.families import FAST, DecoderLayer, layer_norm, rms_norm
 from myna.engine.frozen import DenseWeight, Int8Weight, WatchedWeight
 from myna.engine.kernels import Kernels, Norm, Rope
@@ -50,6 +51,10 @@ class FastDecoder:
         for index, layer in enumerate(self._base.layers):
             self.layers.append(self._family.layer(layer, self.config, index))
             _let_go(layer)
+        self._num_adapters = 0
+        for group in self.groups():
+            group.first_adapter = self._num_adapters
+            self._num_adapters += len(group.parts)
 
     def refresh(self) -> None:
         """Takes the adapter's present values into the products: after every optimizer step."""
@@ -114,13 +119,23 @@ class FastDecoder:
         x_Td: torch.Tensor = self._embedding(batch.input_ids_T[None].to(device))[0]
         layout = plan_layout(batch, device)
         ropes = self._ropes(x_Td, batch.position_ids_T.to(device))
-        tools = {name: PackTools(self.kernels, rope, layout) for name, rope in ropes.items()}
+        masks = self.masks(batch)
+        tools = {name: PackTools(self.kernels, rope, layout, masks) for name, rope in ropes.items()}
         every = self.checkpoint_layers
         if not every:
             x_Td = _run_layers(x_Td, self.layers, tools)
         for first in range(0, len(self.layers), every) if every else ():
             x_Td = _Checkpointed.run(x_Td, self.layers[first : first + every], tools)
         return x_Td
+
+    def masks(self, batch: Batch) -> PackMasks | None:
+        """The dropout masks of a pack; None where nothing is dropped."""
+        groups = [group for group in self.groups() if group.dropout]
+        if batch.draw is None or not groups:
+            return None
+        widest = max(group.frozen.num_in for group in groups)
+        device = self._head_Vd.device
+        return PackMasks(batch.draw, len(batch.input_ids_T), self._num_adapters, widest, device)
 
     def _ropes(self, x_Td: torch.Tensor, position_ids_T: torch.Tensor) -> dict[str, Rope]:
         """The rotary embedding by layer type ("" where the model has one for all), in float32 at least."""

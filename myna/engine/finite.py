@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from myna.data.packing import collate
+from myna.data.packing import Batch, collate
 from myna.data.render import Example
 from myna.engine.optim import gradient_norm
 from myna.engine.step import Stepper
@@ -18,27 +18,27 @@ SHOWN_ROWS = 6
 def rows_at_fault(
     stepper: Stepper,
     packs: Sequence[Sequence[Example]],
+    batches: Sequence[Batch],
     gradient_P: torch.Tensor,
     num_targets: int,
-    *,
-    share: bool,
 ) -> str:
     """The rows of a step that was not finite, in words: as few of them as can be told.
 
-    The packs are run again, each alone, and then the rows of the first that is not finite, each alone. `gradient_P` is
-    what the backward adds to; it is zero afterwards.
+    `batches` are the step's packs as they were computed. They are run again, each alone, and then the rows of the first
+    that is not finite, each alone and with nothing dropped. `gradient_P` is what the backward adds to; it is zero
+    afterwards.
     """
 
-    def is_finite(rows: Sequence[Example]) -> bool:
+    def is_finite(batch: Batch) -> bool:
         gradient_P.zero_()
-        loss = stepper.loss(collate(rows, share=share)) / num_targets
+        loss = stepper.loss(batch) / num_targets
         if math.isfinite(float(loss.detach())):
             loss.backward()
             return math.isfinite(gradient_norm(gradient_P))
         return False
 
-    pack = next((pack for pack in packs if not is_finite(pack)), None)
-    alone = [row for row in pack or () if not is_finite([row])]
+    pack = next((p for p, batch in zip(packs, batches, strict=True) if not is_finite(batch)), None)
+    alone = [row for row in pack or () if not is_finite(collate([row]))]
     gradient_P.zero_()
     if alone:
         return f"not finite by themselves: {_named(alone)}"

@@ -31,7 +31,7 @@ class FrozenWeight(Protocol):
         """x Wᵀ + h bᵀ + bias: [T, K + R] to [T, N]."""
 
     def product_back(self, ggh: torch.Tensor, kernels: Kernels) -> torch.Tensor:
-        """g W + gh a: [T, N + R] to [T, K]."""
+        """g W + gh a: [T, N + R] to [T, K]; of [T, N] g W alone."""
 
 
 class DenseWeight:
@@ -58,7 +58,7 @@ class DenseWeight:
         return kernels.products.linear(xh, self._forward, self.bias_N)
 
     def product_back(self, ggh: torch.Tensor, kernels: Kernels) -> torch.Tensor:
-        return kernels.products.back(ggh, self._backward)
+        return kernels.products.back(ggh, self._backward[: ggh.shape[1]])
 
 
 class Int8Weight:
@@ -90,7 +90,9 @@ class Int8Weight:
 
     def product_back(self, ggh: torch.Tensor, kernels: Kernels) -> torch.Tensor:
         quants_TN, scale_T = kernels.quantize_rows(ggh[:, : self.num_out], self.scale_N)
-        low_TK = kernels.products.back(ggh[:, self.num_out :], self.a_RK) if self.rank else None
+        low_TK = None
+        if ggh.shape[1] > self.num_out:
+            low_TK = kernels.products.back(ggh[:, self.num_out :], self.a_RK)
         sums_TK = torch._int_mm(quants_TN, self.quants_NK)
         return kernels.dequantize(sums_TK, scale_T, self._evened_K, low_TK, None, ggh.dtype)
 

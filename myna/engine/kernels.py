@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.nn.functional as F
 
+from myna.engine.dropout import DropoutMask
 from myna.engine.layout import PackLayout
 from myna.engine.products import PlainProducts, Products
 
@@ -101,6 +102,9 @@ class Kernels(Protocol):
         out: torch.Tensor,
     ) -> None:
         """The gradient in qkv into `out`; `answer` is what `attention` wrote."""
+
+    def drop(self, x: torch.Tensor, mask: DropoutMask, out: torch.Tensor, *, add: bool = False) -> None:
+        """x with the mask on it into `out`, or with `add` onto what is there."""
 
     def quantize_rows(self, x: torch.Tensor, fold: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """x (· fold, by column) as int8 with one scale a row: x ≈ quants · scale."""
@@ -203,6 +207,15 @@ class TorchKernels:
         leaf, answer_with_graph = saved
         (gradient,) = torch.autograd.grad(answer_with_graph, leaf, g.to(answer_with_graph.dtype))
         out.copy_(gradient)
+
+    def drop(self, x: torch.Tensor, mask: DropoutMask, out: torch.Tensor, *, add: bool = False) -> None:
+        kept = x * mask.keep().view(
+            torch.int8
+        )  # times 0: what is not a number stays none; as bool it is slower
+        if add:
+            out.add_(kept, alpha=mask.scale)
+        else:
+            torch.mul(kept, mask.scale, out=out)
 
     def quantize_rows(self, x: torch.Tensor, fold: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         high = x.float() if fold is None else x.float() * fold

@@ -3,18 +3,22 @@
 Shapes: T tokens · K in · N out · R ranks of the group together. Hu et al. 2021, "LoRA", section 4.1: y = x Wᵀ + s (x Aᵀ) Bᵀ
 with s = alpha / r. The modules, their names and their weights are peft's; here they are only read.
 
+With dropout each adapter reads x through a mask of its own (`engine.dropout`), so h is made part by part, and the low-rank
+gradient in x, which goes back through the mask, is added after the frozen product instead of riding in it.
+
     q, k, v     one group: their weights stacked, h = x [Aq; Ak; Av]ᵀ, the Bs on the diagonal blocks of one b
     gate, up    another
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from myna.engine.dropout import DropoutMask, PackMasks
 from myna.engine.frozen import DenseWeight, FrozenWeight
 from myna.engine.kernels import Kernels
 
@@ -36,6 +40,7 @@ class LoraGroup:
     """Linear layers with one input. Gradients come back in the order of `parameters`."""
 
     frozen: FrozenWeight
+    first_adapter = 0  # of the model's adapters in the order of the forward; the decoder counts them
 
     def __init__(self, modules: Sequence[Any]) -> None:
         bases = [getattr(module, "base_layer", module) for module in modules]
@@ -49,6 +54,9 @@ class LoraGroup:
                 rank = ranks.stop
             row += num_rows
         self.parts = tuple(parts)
+        rates = {_dropout(module) for module, base in zip(modules, bases, strict=True) if base is not module}
+        assert len(rates) <= 1, "adapters of one group with different dropout"
+        self.dropout = rates.pop() if rates else 0.0
         self.parameters = tuple(p for part in parts for p in (part.a, part.b))
         weight = (
             torch.cat([base.weight.detach() for base in bases])
@@ -73,10 +81,14 @@ class LoraGroup:
         """[T, N + R] for T rows of `like`; its first N columns are to be filled with the incoming gradient."""
         return like.new_empty(len(like), self.frozen.num_out + self.frozen.rank)
 
-    def forward(self, xh: torch.Tensor, kernels: Kernels) -> torch.Tensor:
-        """[T, N]; fills the last R columns of `xh` with h."""
-        if self.frozen.rank:
-            num_in = self.frozen.num_in
+    def forward(self, xh: torch.Tensor, kernels: Kernels, masks: PackMasks | None = None) -> torch.Tensor:
+        """[T, N]; fills the last R columns of `xh` with h. With `masks` the group's dropout is on."""
+        num_in = self.frozen.num_in
+        if masks is not None and self.dropout:
+            for part, x in self._dropped(xh[:, :num_in], kernels, masks):
+                h = xh[:, num_in + part.ranks.start : num_in + part.ranks.stop]
+                kernels.products.linear(x, self.frozen.a_RK[part.ranks], out=h)
+        elif self.frozen.rank:
             kernels.products.linear(xh[:, :num_in], self.frozen.a_RK, out=xh[:, num_in:])
         return self.frozen.product(xh, kernels)
 
@@ -87,22 +99,59 @@ class LoraGroup:
             gh = ggh[:, num_out + part.ranks.start : num_out + part.ranks.stop]
             kernels.products.back(ggh[:, part.rows], self.frozen.b_NR[part.rows, part.ranks], out=gh)
 
-    def input_gradient(self, ggh: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+    def input_gradient(
+        self, ggh: torch.Tensor, kernels: Kernels, masks: PackMasks | None = None
+    ) -> torch.Tensor:
         """The gradient in x, [T, K]; left out where nobody needs it."""
-        return self.frozen.product_back(ggh, kernels)
+        if masks is None or not self.dropout:
+            return self.frozen.product_back(ggh, kernels)
+        num_out = self.frozen.num_out
+        gx = self.frozen.product_back(ggh[:, :num_out], kernels)
+        for part, mask in self._masks(masks):
+            gh = ggh[:, num_out + part.ranks.start : num_out + part.ranks.stop]
+            low = kernels.products.back(gh, self.frozen.a_RK[part.ranks])
+            kernels.drop(low, mask, gx, add=True)
+        return gx
 
-    def adapter_gradients(self, ggh: torch.Tensor, xh: torch.Tensor, kernels: Kernels) -> list[torch.Tensor]:
+    def adapter_gradients(
+        self, ggh: torch.Tensor, xh: torch.Tensor, kernels: Kernels, masks: PackMasks | None = None
+    ) -> list[torch.Tensor]:
         """The gradients in `parameters`."""
         num_out, num_in = self.frozen.num_out, self.frozen.num_in
         if not self.parts:
             return []
-        ga_RK = kernels.products.outer(ggh[:, num_out:], xh[:, :num_in])
+        if masks is not None and self.dropout:
+            gas = [
+                kernels.products.outer(ggh[:, num_out + part.ranks.start : num_out + part.ranks.stop], x)
+                for part, x in self._dropped(xh[:, :num_in], kernels, masks)
+            ]
+        else:
+            ga_RK = kernels.products.outer(ggh[:, num_out:], xh[:, :num_in])
+            gas = [ga_RK[part.ranks] for part in self.parts]
         gradients = []
-        for part in self.parts:
+        for part, ga in zip(self.parts, gas, strict=True):
             h = xh[:, num_in + part.ranks.start : num_in + part.ranks.stop]
-            gradients.append(ga_RK[part.ranks])
+            gradients.append(ga)
             gradients.append(kernels.products.outer(ggh[:, part.rows], h).mul_(part.scaling))
         return gradients
+
+    def _masks(self, masks: PackMasks) -> Iterator[tuple[LoraPart, DropoutMask]]:
+        for number, part in enumerate(self.parts, self.first_adapter):
+            yield part, masks.of(number, self.frozen.num_in, self.dropout)
+
+    def _dropped(
+        self, x: torch.Tensor, kernels: Kernels, masks: PackMasks
+    ) -> Iterator[tuple[LoraPart, torch.Tensor]]:
+        """Each part with x as it reads it, [T, K], until the next is asked for."""
+        room = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for part, mask in self._masks(masks):
+            kernels.drop(x, mask, room)
+            yield part, room
+
+
+def _dropout(module: Any) -> float:
+    """peft has an Identity where nothing is dropped."""
+    return float(getattr(module.lora_dropout[ADAPTER_NAME], "p", 0.0))
 
 
 def _bias(bases: Sequence[Any]) -> torch.Tensor | None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from myna.engine.compiler import NotNative, compiled_kernels
+from myna.engine.dropout import DropoutMask
 from myna.engine.kernels import ActivationName, AttentionSpec, Norm, Rope, TorchKernels
 from myna.engine.layout import PackLayout
 from myna.engine.products import Products
@@ -227,6 +228,11 @@ class NativeKernels(TorchKernels):
             },
             **{name: room.data_ptr() for name, room in rooms.items()},
         )
+
+    def drop(self, x: torch.Tensor, mask: DropoutMask, out: torch.Tensor, *, add: bool = False) -> None:
+        x, words = _rows(x), (mask.rows_T, mask.columns_K, mask.threshold)
+        tensors = (x, x.stride(0), *words, mask.scale, out, out.stride(0))
+        self._call("myna_drop", x, *tensors, *x.shape, int(add))
 
     def quantize_rows(self, x: torch.Tensor, fold: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         x = _rows(x)

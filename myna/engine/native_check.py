@@ -14,6 +14,7 @@ import torch
 
 from myna.data.packing import Batch, Segment
 from myna.engine.compiler import NotNative
+from myna.engine.dropout import PackMasks
 from myna.engine.kernels import ActivationName, AttentionSpec, Kernels, Norm, Rope, TorchKernels
 from myna.engine.layout import PackLayout, plan_layout
 
@@ -107,6 +108,15 @@ def _int8(kernels: Kernels, draw: Draw) -> Answers:
     yield "dequantize by rows alone", kernels.dequantize(sums, row, None, None, None, draw.dtype)
 
 
+def _drops(kernels: Kernels, draw: Draw) -> Answers:
+    mask = PackMasks((0,), ROWS, 2, WIDTH, torch.device("cpu")).of(1, WIDTH, 0.4)
+    x, out, onto = draw.typed(ROWS, WIDTH), draw.room(ROWS, WIDTH), draw.typed(ROWS, WIDTH).clone()
+    kernels.drop(x, mask, out)
+    yield "dropout", out
+    kernels.drop(x, mask, onto, add=True)
+    yield "dropout onto something", onto
+
+
 def _losses(kernels: Kernels, draw: Draw) -> Answers:
     for softcap in (None, 4.0):
         logits = 3 * draw.typed(ROWS, WIDTH)
@@ -130,7 +140,14 @@ def _attentions(kernels: Kernels, draw: Draw) -> Answers:
         yield from attend(kernels, draw, spec, layout, name)
 
 
-WORK: Final[tuple[Callable[[Kernels, Draw], Answers], ...]] = (_norms, _gates, _int8, _losses, _attentions)
+WORK: Final[tuple[Callable[[Kernels, Draw], Answers], ...]] = (
+    _norms,
+    _gates,
+    _drops,
+    _int8,
+    _losses,
+    _attentions,
+)
 
 
 def attend(kernels: Kernels, draw: Draw, spec: AttentionSpec, layout: PackLayout, name: str) -> Answers:

@@ -229,6 +229,42 @@ void NAME(myna_attention_back)(attention_job *a, const TYPE *g, int64_t ldg, con
     for_pieces(NAME(turn_back_piece), &job, groups);
 }
 
+/* ---- dropout: engine/dropout.py says which numbers are kept ---- */
+
+typedef struct {
+    const TYPE *x;
+    const int32_t *rows, *columns;
+    TYPE *out;
+    int64_t T, K, ldx, ldo;
+    int32_t threshold;
+    float scale;
+    int add;
+} NAME(drop_job);
+
+static void NAME(drop_piece)(void *job, int64_t piece) {
+    const NAME(drop_job) *a = job;
+    int64_t end = MIN(a->T, (piece + 1) * 4);
+    for (int64_t t = piece * 4; t < end; t++) {
+        const TYPE *x = a->x + t * a->ldx;
+        TYPE *out = a->out + t * a->ldo;
+        EACH(i, m, a->K) {
+            vu word = (vu){};
+            if (m == VW) word = (vu)*(const viu *)(a->columns + i);
+            else memcpy(&word, a->columns + i, m * 4);
+            word = (word ^ (uint32_t)a->rows[t]) * 0x21f0aaadu;
+            word = (word ^ (vu)((vi)word >> 15)) * 0xd35a2d97u;
+            vf y = GET(x + i, m) * choose((vi)word >= a->threshold, splat(a->scale), splat(0));
+            PUT(out + i, a->add ? y + GET(out + i, m) : y, m);
+        }
+    }
+}
+
+void NAME(myna_drop)(const TYPE *x, int64_t ldx, const int32_t *rows, const int32_t *columns, int64_t threshold, float scale,
+                     TYPE *out, int64_t ldo, int64_t T, int64_t K, int64_t add) {
+    NAME(drop_job) job = {x, rows, columns, out, T, K, ldx, ldo, (int32_t)threshold, scale, (int)add};
+    for_pieces(NAME(drop_piece), &job, (T + 3) / 4);
+}
+
 /* ---- int8 rows ---- */
 
 typedef struct {

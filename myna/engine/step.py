@@ -76,8 +76,6 @@ def choose_path(config: Any, adapter: AdapterSettings, *, packed: bool = True) -
         return "reference", f"the family {config.model_type} has no fast path yet"
     if not METHODS[adapter.method].fast:
         return "reference", f"the method {adapter.method} has no fast path yet"
-    if adapter.dropout > 0:
-        return "reference", "adapter.dropout is above 0"
     if any(getattr(config, name, 0.0) for name in DROPOUTS):
         return "reference", "the base has dropout of its own"
     return "fast", ""
