@@ -22,6 +22,7 @@ METRICS = (
         "grad_norm",
     ),
     *("seconds", "num_packs", "product_flops", "share_of_peak", "memory_mb", "peak_mb"),
+    *("loss_scale", "skipped"),
 )
 
 
@@ -31,7 +32,8 @@ class StepReport:
 
     `product_flops` are the floating-point operations of its matrix products (None off the fast path), `share_of_peak`
     what part of this machine's measured product speed they made, `memory_mb` and `peak_mb` what the process holds and held
-    at most, in 10⁶ bytes.
+    at most, in 10⁶ bytes. `loss_scale` is what an fp16 step was scaled by; where its gradient overflowed all the same, the
+    step was skipped: `grad_norm` is None and the adapter as before.
     """
 
     step: int
@@ -40,7 +42,7 @@ class StepReport:
     learning_rate: float
     target_tokens: int
     tokens: int
-    grad_norm: float
+    grad_norm: float | None
     seconds: float
     num_packs: int
     product_flops: float | None
@@ -48,6 +50,11 @@ class StepReport:
     memory_mb: float
     peak_mb: float
     checkpoint: str | None = None
+    loss_scale: float | None = None
+
+    @property
+    def skipped(self) -> bool:
+        return self.grad_norm is None
 
     @property
     def tokens_per_s(self) -> float:
@@ -77,6 +84,7 @@ class StepReport:
             f"{self.target_tokens_per_s:.0f} target",
             *(() if share is None else (f"{share:.0%} of peak",)),
             f"{self.memory_mb:,.0f} MB",
+            *(("skipped: its gradient overflowed",) if self.skipped else ()),
         )
         return " · ".join(parts)
 

@@ -100,7 +100,10 @@ def this_machine() -> Machine:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    fast_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else fast_in_bfloat16()
+    # GPUs before Ampere compute bf16 by way of fp32: torch counts that as support unless it is told not to
+    fast_bf16 = (
+        torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else fast_in_bfloat16()
+    )
     return Machine(device, usable_cores(), fast_bf16, round(total_memory_mb(device)))
 
 
@@ -161,9 +164,11 @@ def freeze_plan(recipe: Recipe, config: Any, lengths: Sequence[int], machine: Ma
 
 
 def _best_dtype(config: Any, machine: Machine, path: PathName) -> str:
-    """bf16 where this machine is fast at it, or where a base in fp32 would take most of the memory."""
+    """bf16 where this machine is fast at it, on a GPU else fp16; on a CPU where a base in fp32 would take most of the memory."""
     if machine.fast_bf16:
         return "bf16"
+    if machine.device != "cpu":
+        return "fp16"
     weights_mb = base_shape(config).num_weights * BYTES["fp32"] / 1e6
     return "bf16" if path == "fast" and weights_mb > FP32_SHARE * machine.total_memory_mb else "fp32"
 

@@ -44,8 +44,10 @@ class ModelSettings(Section):
     base: str = Field(
         "smollm2-135m", description="packaged name · hf:org/name@revision · ./folder · ./file.gguf"
     )
-    dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="what the frozen base computes in; auto: bf16 where this machine is fast at it"
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="what the frozen base computes in; auto: bf16 where this machine is fast at it, else fp16 on a GPU "
+        "and fp32 on a CPU, which is slow at fp16",
     )
     quantize: Literal["none", "int8"] = Field(
         "none", description="storage of the frozen base: none · int8 (one byte a weight, and faster)"

@@ -26,6 +26,7 @@ from myna.engine.finite import all_finite, rows_at_fault
 from myna.engine.memory import collector_at_rest, give_back_memory, memory_mb, peak_memory_mb
 from myna.engine.optim import FlatAdapter, flatten_adapter, lr_at
 from myna.engine.peaks import product_peak
+from myna.engine.scaling import LossScale, loss_scale_of, mean_loss
 from myna.engine.step import Stepper, make_stepper
 from myna.errors import CheckFailed, Interrupted
 from myna.metrics import StepReport, append_metrics, cut_metrics
@@ -60,10 +61,10 @@ def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) ->
     # adapter, its gradient's two moments, for every checkpoint kept and the one being written
     num_bytes = 4 * adapter.gradient_P.numel()
     require_room(run.path, 3 * num_bytes * (settings.keep_checkpoints + 1), "the checkpoints")
-    first = 1
+    first, scaling = 1, loss_scale_of(plan.dtype)
     if found.state is not None:
         restore_state(found.state, adapter.parameters, adapter)
-        first = found.state.step + 1
+        first, scaling = found.state.step + 1, loss_scale_of(plan.dtype, found.state.facts)
         stepper.refresh()
         say(f"going on after step {found.state.step}")
     cut_metrics(run.metrics_path, first - 1)
@@ -75,7 +76,7 @@ def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) ->
             started = time.perf_counter()
             rate = lr_at(step, plan.num_steps, settings)
             batches = _collate(prepared, step, packs)
-            loss, grad_norm = _take_step(prepared, step, stepper, adapter, packs, batches, rate)
+            loss, grad_norm = _take_step(prepared, step, stepper, adapter, packs, batches, rate, scaling)
             signal_number = stop_asked()
             seconds = time.perf_counter() - started
             if step % TIDY_EVERY == 0:
@@ -96,11 +97,13 @@ def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) ->
                 peak_flops=peak,
                 memory_mb=memory_mb(),
                 peak_mb=peak_memory_mb(),
+                loss_scale=scaling and scaling.scale,
             )
+            scaling = scaling and scaling.after(finite=not report.skipped)
             # before the checkpoint: a line too many is cut on resume, a line that was never written stays missing
             append_metrics(run.metrics_path, report)
             if step % settings.save_every_steps == 0 or step == plan.num_steps or signal_number is not None:
-                state = collect_state(step, adapter.parameters, adapter, {"epoch": epoch})
+                state = collect_state(step, adapter.parameters, adapter, _facts(epoch, scaling))
                 saved = save_checkpoint(run.checkpoints_dir, state, settings.keep_checkpoints)
                 report = replace(report, checkpoint=saved.name)
             yield report
@@ -176,29 +179,45 @@ def _take_step(
     packs: Packs,
     batches: Sequence[Batch],
     rate: float,
-) -> tuple[float, float]:
-    """One optimizer update; returns loss and norm of the gradient. CheckFailed, with no update, where one is not finite."""
+    scaling: LossScale | None,
+) -> tuple[float, float | None]:
+    """One optimizer update; returns loss and norm of the gradient. CheckFailed, with no update, where one is not finite.
+
+    With `scaling`, a gradient that is not finite only skips the step, and its norm is None, unless the scale is the least.
+    """
     num_targets = sum(len(batch.targets_N) for batch in batches)
     loss_sum = 0.0
+    scale = scaling.scale if scaling else 1.0
     for batch in batches:
-        loss = stepper.loss(batch) / num_targets
-        loss_sum += float(loss.detach())
+        loss = mean_loss(stepper, batch, num_targets, scaling)
+        loss_sum += float(loss.detach()) / scale
         if not all_finite(loss_sum):
             break
         loss.backward()
+    if scaling:
+        adapter.gradient_P.div_(scale)
     grad_norm = adapter.clip(prepared.recipe.train.max_grad_norm)
+    if scaling and not scaling.is_least and all_finite(loss_sum) and not all_finite(grad_norm):
+        adapter.gradient_P.zero_()
+        return loss_sum, None
     if not all_finite(loss_sum, grad_norm):
-        rows = rows_at_fault(stepper, packs, batches, adapter.gradient_P, num_targets)
+        rows = rows_at_fault(stepper, packs, batches, adapter.gradient_P, num_targets, scaling)
         raise CheckFailed(
             f"the loss of step {step} is {loss_sum}, the norm of its gradient {grad_norm}; {rows}",
             where=str(prepared.run.path),
             help="look at these rows, or take a smaller train.learning_rate in a new run; "
-            "the last good checkpoint is in checkpoints/",
+            + ("fp16 holds nothing above 65,504, fp32 does (model.dtype); " if scaling else "")
+            + "the last good checkpoint is in checkpoints/",
             code="loss",
         )
     adapter.step(rate)
     stepper.refresh()
     return loss_sum, grad_norm
+
+
+def _facts(epoch: int, scaling: LossScale | None) -> dict[str, Any]:
+    """What a checkpoint keeps besides tensors."""
+    return {"epoch": epoch} | ({} if scaling is None else {"loss_scale": scaling.facts()})
 
 
 def _product_peak(plan: FrozenPlan) -> float | None:

@@ -170,16 +170,18 @@ def kernels_with(**methods: Callable[..., Any]) -> Callable[[FastStepper], None]
 
 
 def loss_back_without_slope(
-    honest: Kernels, logits: torch.Tensor, targets: torch.Tensor, cap: float | None
+    honest: Kernels, logits: torch.Tensor, targets: torch.Tensor, cap: float | None, scale: float
 ) -> Any:
     slope = 1 if cap is None else 1 - torch.tanh(logits / cap).square()
-    loss = honest.loss_back(logits, targets, cap)
+    loss = honest.loss_back(logits, targets, cap, scale)
     logits.div_(slope)
     return loss
 
 
-def loss_without_cap(honest: Kernels, logits: torch.Tensor, targets: torch.Tensor, cap: float | None) -> Any:
-    return honest.loss_back(logits, targets, None)
+def loss_without_cap(
+    honest: Kernels, logits: torch.Tensor, targets: torch.Tensor, cap: float | None, scale: float
+) -> Any:
+    return honest.loss_back(logits, targets, None, scale)
 
 
 def residual_gradient_lost(honest: Kernels, g: Any, x: Any, norm: Any, stats: Any, plus: Any) -> Any:

@@ -74,6 +74,9 @@ def test_everything_that_is_decided_is_in_it() -> None:
     )
     assert found.head_tokens == chunk_tokens(400, 2)
     assert found.kernels in ("native", "torch") and bool(found.kernels_reason) == (found.kernels == "torch")
+    gpu = replace(MACHINE, device="cuda")
+    assert (plan(gpu).dtype, plan(replace(gpu, fast_bf16=False)).dtype) == ("bf16", "fp16")
+    assert plan(model={"dtype": "fp16"}).dtype == "fp16"  # named, it is had on a CPU too
 
 
 def test_narrow_weights_are_multiplied_in_float32_where_the_cpu_is_slower_in_theirs() -> None:

@@ -101,16 +101,17 @@ class FastDecoder:
         # the head: logits and the gradient in the hidden states
         return 2.0 * (tokens * flops + 2.0 * len(batch.targets_N) * float(self._head_Vd.numel()))
 
-    def loss(self, batch: Batch) -> torch.Tensor:
-        """Sum of the loss over the pack's target tokens, a scalar with a gradient to the adapter."""
+    def loss(self, batch: Batch, scale: float = 1.0) -> torch.Tensor:
+        """`scale` times the sum of the loss over the pack's target tokens, with a gradient to the adapter."""
         device = self._head_Vd.device
         # the last norm is per token, like the head: both see target tokens alone
         x_Nd = self.hidden(batch).index_select(0, batch.target_index_N.to(device))
         hidden_Nd = _FinalNorm.apply(x_Nd, self._final, self.kernels)
         assert isinstance(hidden_Nd, torch.Tensor)
         targets_N = batch.targets_N.to(device)
+        chunk, softcap = self.head_tokens, self._softcap
         return target_loss(
-            hidden_Nd, self._head_Vd, targets_N, self.kernels, chunk=self.head_tokens, softcap=self._softcap
+            hidden_Nd, self._head_Vd, targets_N, self.kernels, chunk=chunk, softcap=softcap, scale=scale
         )
 
     def hidden(self, batch: Batch) -> torch.Tensor:

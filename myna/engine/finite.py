@@ -10,6 +10,7 @@ import torch
 from myna.data.packing import Batch, collate
 from myna.data.render import Example
 from myna.engine.optim import gradient_norm
+from myna.engine.scaling import LossScale, mean_loss
 from myna.engine.step import Stepper
 
 SHOWN_ROWS = 6
@@ -21,6 +22,7 @@ def rows_at_fault(
     batches: Sequence[Batch],
     gradient_P: torch.Tensor,
     num_targets: int,
+    scaling: LossScale | None = None,
 ) -> str:
     """The rows of a step that was not finite, in words: as few of them as can be told.
 
@@ -31,7 +33,7 @@ def rows_at_fault(
 
     def is_finite(batch: Batch) -> bool:
         gradient_P.zero_()
-        loss = stepper.loss(batch) / num_targets
+        loss = mean_loss(stepper, batch, num_targets, scaling)
         if math.isfinite(float(loss.detach())):
             loss.backward()
             return math.isfinite(gradient_norm(gradient_P))

@@ -120,10 +120,13 @@ class Kernels(Protocol):
     ) -> torch.Tensor:
         """int32 sums · row_scale (· column_scale) (+ low) (+ bias), in `dtype`."""
 
-    def loss_back(self, logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    def loss_back(
+        self, logits: torch.Tensor, targets: torch.Tensor, softcap: float | None, scale: float = 1.0
+    ) -> torch.Tensor:
         """Sum of -log softmax(logits)[target] over rows; `logits` become its gradient in themselves, in place.
 
-        With `softcap` c the softmax is of c · tanh(logits / c), the gradient still in the logits.
+        With `softcap` c the softmax is of c · tanh(logits / c), the gradient still in the logits. `scale` multiplies the
+        gradient, not the sum, before it is rounded to the logits' format: fp16 holds nothing below 6e-8.
         """
 
 
@@ -241,7 +244,9 @@ class TorchKernels:
             y += bias
         return y.to(dtype)
 
-    def loss_back(self, logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    def loss_back(
+        self, logits: torch.Tensor, targets: torch.Tensor, softcap: float | None, scale: float = 1.0
+    ) -> torch.Tensor:
         high = _exact(logits)
         slope = None
         if softcap is not None:
@@ -253,7 +258,8 @@ class TorchKernels:
         loss = (log_norm - high.gather(1, targets)).sum()
         gradient = high.sub(log_norm).exp_()
         gradient.scatter_add_(1, targets, gradient.new_full(targets.shape, -1.0))
-        logits.copy_(gradient if slope is None else gradient.mul_(slope))
+        gradient = gradient if slope is None else gradient.mul_(slope)
+        logits.copy_(gradient if scale == 1 else gradient.mul_(scale))
         return loss
 
 

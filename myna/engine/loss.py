@@ -33,6 +33,7 @@ class _TargetLoss(torch.autograd.Function):
         chunk: int,
         softcap: float | None,
         kernels: Kernels,
+        scale: float,
     ) -> torch.Tensor:
         exact = torch.float64 if hidden_Nd.dtype == torch.float64 else torch.float32
         loss = hidden_Nd.new_zeros((), dtype=exact)
@@ -40,15 +41,15 @@ class _TargetLoss(torch.autograd.Function):
         for start in range(0, len(targets_N), chunk):
             rows = slice(start, start + chunk)
             logits_CV = kernels.products.linear(hidden_Nd[rows], head_Vd)
-            loss += kernels.loss_back(logits_CV, targets_N[rows], softcap)
+            loss += kernels.loss_back(logits_CV, targets_N[rows], softcap, scale)
             kernels.products.back(logits_CV, head_Vd, out=gradient_Nd[rows])
         ctx.save_for_backward(gradient_Nd)
-        return loss
+        return loss if scale == 1 else loss * scale
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient_Nd,) = ctx.saved_tensors
-        return gradient_Nd * grad_outputs[0].to(gradient_Nd.dtype), None, None, None, None, None
+        return gradient_Nd * grad_outputs[0].to(gradient_Nd.dtype), None, None, None, None, None, None
 
 
 def target_loss(
@@ -59,12 +60,13 @@ def target_loss(
     *,
     chunk: int | None = None,
     softcap: float | None = None,
+    scale: float = 1.0,
 ) -> torch.Tensor:
-    """Sum over target tokens of -log softmax(hidden · headᵀ)[target]; a scalar, float32 (float64 for float64).
+    """`scale` times the sum over target tokens of -log softmax(hidden · headᵀ)[target]; float32 (float64 for float64).
 
     `softcap` c: the logits are c · tanh(logits / c) (Gemma 2).
     """
     chunk = chunk or chunk_tokens(len(head_Vd), head_Vd.element_size())
-    loss = _TargetLoss.apply(hidden_Nd, head_Vd, targets_N, chunk, softcap, kernels)
+    loss = _TargetLoss.apply(hidden_Nd, head_Vd, targets_N, chunk, softcap, kernels, scale)
     assert isinstance(loss, torch.Tensor)
     return loss

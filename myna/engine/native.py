@@ -254,11 +254,15 @@ class NativeKernels(TorchKernels):
         self._call("myna_dequantize", y, sums, row_scale, column_scale, *added, bias, y, *y.shape)
         return y
 
-    def loss_back(self, logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    def loss_back(
+        self, logits: torch.Tensor, targets: torch.Tensor, softcap: float | None, scale: float = 1.0
+    ) -> torch.Tensor:
         loss_N = torch.empty(len(logits))
         self._call(
             "myna_loss", logits, logits, logits.stride(0), targets, loss_N, *logits.shape, softcap or 0.0
         )
+        if scale != 1:  # float32 and bfloat16 hold what is smaller: afterwards is early enough
+            logits.mul_(scale)
         return loss_N.sum()
 
 

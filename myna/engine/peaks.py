@@ -11,7 +11,7 @@ import torch
 
 from myna.errors import MachineError
 
-ProductDtype = Literal["fp32", "bf16", "int8"]
+ProductDtype = Literal["fp32", "bf16", "fp16", "int8"]
 
 SIDES: Final = (1_024, 1_536, 2_048)
 SECONDS_A_SIDE: Final = 0.06
@@ -24,7 +24,7 @@ MOST_CALLS: Final = 1_000
 def product_peak(dtype: str, threads: int | None = None, device: str = "cpu") -> float:
     """FLOP/s of a large square matrix product: the best single call over a few sizes, in about 0.3 s.
 
-    dtype: "fp32", "bf16", or "int8" (summed in int32; multiply and add count as two there too).
+    dtype: "fp32", "bf16", "fp16", or "int8" (summed in int32; multiply and add count as two there too).
     threads: those that torch uses now where None; the setting is put back.
     Raises MachineError where this device has no such product in torch.
     """
@@ -70,6 +70,7 @@ def _int8_product(side: int, device: str) -> Callable[[], object]:
 _PRODUCTS: Final[dict[str, Callable[[int, str], Callable[[], object]]]] = {
     "fp32": _float_product(torch.float32),
     "bf16": _float_product(torch.bfloat16),
+    "fp16": _float_product(torch.float16),
     "int8": _int8_product,
 }
 

@@ -37,8 +37,8 @@ ROUND_TOKENS = 32
 class Stepper(Protocol):
     """A path's way through one pack."""
 
-    def loss(self, batch: Batch) -> torch.Tensor:
-        """Sum of the loss over the pack's target tokens, a scalar with a gradient to the adapter."""
+    def loss(self, batch: Batch, scale: float = 1.0) -> torch.Tensor:
+        """`scale` times the sum of the loss over the pack's target tokens, with a gradient to the adapter."""
 
     def refresh(self) -> None:
         """To be called after the adapter changed."""
@@ -129,8 +129,8 @@ class FastStepper:
         self.decoder = decoder
         self.round_tokens = round_tokens
 
-    def loss(self, batch: Batch) -> torch.Tensor:
-        return self.decoder.loss(round_up(batch, self.round_tokens))
+    def loss(self, batch: Batch, scale: float = 1.0) -> torch.Tensor:
+        return self.decoder.loss(round_up(batch, self.round_tokens), scale)
 
     def refresh(self) -> None:
         self.decoder.refresh()
@@ -145,8 +145,9 @@ class ReferenceStepper:
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def loss(self, batch: Batch) -> torch.Tensor:
-        return _reference_loss(self.model, batch)
+    def loss(self, batch: Batch, scale: float = 1.0) -> torch.Tensor:
+        loss = _reference_loss(self.model, batch)
+        return loss if scale == 1 else loss * scale
 
     def refresh(self) -> None:
         pass
