@@ -14,6 +14,8 @@ from typing import Any
 from myna.data.packing import num_steps_an_epoch
 from myna.engine.compiler import NotNative
 from myna.engine.estimate import BYTES, base_shape, estimate_memory
+from myna.engine.flex import COMPILER_PACKAGE, flex_missing
+from myna.engine.kept import PlaceName
 from myna.engine.kernels import Kernels
 from myna.engine.loss import chunk_tokens
 from myna.engine.memory import total_memory_mb
@@ -23,7 +25,8 @@ from myna.errors import MachineError, RecipeError, UsageError
 from myna.recipe import Recipe
 from myna.run import read_json
 
-KERNELS_VARIABLE = "MYNA_KERNELS"  # torch: without the C kernels · native: refused where they cannot be had
+KERNELS_VARIABLE = "MYNA_KERNELS"  # torch: plain torch · native, flex: refused where they cannot be had
+KERNELS_WORDS = {"native": "C kernels", "flex": "attention by block masks"}
 MEMORY_SHARE = (
     0.6  # of all memory: the rest is for the page cache, other programs, and what an estimate misses
 )
@@ -54,6 +57,7 @@ class FrozenPlan:
     head_tokens: int | None = (
         None  # target tokens that the head projects at a time; None: as the engine has it
     )
+    checkpoint_to: PlaceName = "device"
     memory_mb: float | None = None
     total_memory_mb: float | None = None
 
@@ -63,11 +67,11 @@ class FrozenPlan:
         way = "packed, fast path" if fast else f"reference path: {self.path_reason}"
         yield f"{self.num_steps} steps in {self.dtype} on {self.device} with {self.threads} threads ({way})"
         if fast:
-            yield (
-                "kernels: C, compiled here"
-                if self.kernels == "native"
-                else f"kernels: torch's ({self.kernels_reason})"
-            )
+            yield {
+                "native": "kernels: C, compiled here",
+                "flex": "kernels: torch's, attention by block masks (flex_attention)",
+                "torch": f"kernels: torch's ({self.kernels_reason})",
+            }[self.kernels]
         if self.widen:
             yield f"{self.dtype} is multiplied in fp32, which this CPU does faster"
         if self.quantize != "none":
@@ -75,6 +79,10 @@ class FrozenPlan:
         if self.checkpoint_layers:
             every = "every layer" if self.checkpoint_layers == 1 else f"every {self.checkpoint_layers} layers"
             yield f"gradient checkpointing: {every} again in the backward, slower and smaller"
+        if self.checkpoint_to != "device":
+            place = "on disk" if self.checkpoint_to == "disk" else "in CPU memory"
+            same = ", where this device has them anyhow" if self.checkpoint_to == self.device else ""
+            yield f"gradient checkpointing keeps layers' inputs {place}{same}"
         if self.memory_mb is not None and self.total_memory_mb is not None:
             yield f"memory: about {self.memory_mb:,.0f} MB of {self.total_memory_mb:,.0f}{self._doubt()}"
 
@@ -122,6 +130,10 @@ def freeze_plan(recipe: Recipe, config: Any, lengths: Sequence[int], machine: Ma
     num_steps = settings.epochs * num_steps_an_epoch(len(lengths), settings.batch_size)
     shape = base_shape(config)
 
+    # what a CPU computes is in CPU memory
+    place = "device" if (settings.checkpoint_to, machine.device) == ("cpu", "cpu") else settings.checkpoint_to
+    _refuse_place(place, settings.gradient_checkpointing, path, reason)
+
     def needed_mb(checkpoint_layers: int) -> float:
         return estimate_memory(
             shape,
@@ -134,6 +146,7 @@ def freeze_plan(recipe: Recipe, config: Any, lengths: Sequence[int], machine: Ma
             native=kernels == "native",
             quantize=quantize,
             checkpoint_layers=checkpoint_layers,
+            checkpoint_to=place,
         ).total
 
     asked = settings.gradient_checkpointing
@@ -155,6 +168,7 @@ def freeze_plan(recipe: Recipe, config: Any, lengths: Sequence[int], machine: Ma
         kernels_reason=kernels_reason,
         quantize=quantize,
         checkpoint_layers=checkpoint_layers,
+        checkpoint_to=settings.checkpoint_to if checkpoint_layers else "device",
         round_tokens=ROUND_TOKENS,
         widen=path == "fast" and machine.device == "cpu" and dtype != "fp32" and not machine.fast_bf16,
         head_tokens=chunk_tokens(shape.vocabulary, BYTES[dtype]),
@@ -199,16 +213,19 @@ def longest_pack(lengths: Sequence[int], batch_size: int, pack_tokens: int, *, p
 def plan_kernels(device: str, dtype: str, path: PathName) -> tuple[KernelsName, str]:
     """Which kernels a new run is to have, and why where they are torch's; $MYNA_KERNELS has the last word."""
     asked = os.environ.get(KERNELS_VARIABLE, "")
-    if asked not in ("", "native", "torch"):
-        raise UsageError(f"{KERNELS_VARIABLE}={asked}: it is native, torch, or not set")
+    if asked not in ("", "native", "torch", "flex"):
+        raise UsageError(f"{KERNELS_VARIABLE}={asked}: it is native, flex, torch, or not set")
     if path != "fast":
         return "torch", "the reference path has no kernels of its own"
     if asked == "torch":
         return "torch", f"{KERNELS_VARIABLE}=torch"
     name, why = best_kernels(device, dtype)
-    if asked == "native" and name != "native":
+    if asked and name != asked:
+        why = (
+            flex_missing(device) if asked == "flex" else why or f"the device is {device}, they are for a CPU"
+        )
         raise MachineError(
-            f"{KERNELS_VARIABLE}=native, but there are no C kernels here: {why}",
+            f"{KERNELS_VARIABLE}={asked}, but {KERNELS_WORDS[asked]} cannot be had here: {why}",
             help=f"unset {KERNELS_VARIABLE}",
         )
     return name, why
@@ -216,6 +233,13 @@ def plan_kernels(device: str, dtype: str, path: PathName) -> tuple[KernelsName, 
 
 def planned_kernels(plan: FrozenPlan) -> Kernels:
     """The kernels that a run was planned with. MachineError where they cannot be had any more."""
+    why = flex_missing(plan.device) if plan.kernels == "flex" else ""
+    if why:
+        raise MachineError(
+            f"the run was begun with attention by block masks, which can't be had now: {why}",
+            help=f"pip install {COMPILER_PACKAGE}, and a C compiler; {NEW_RUN}",
+            code="kernels",
+        )
     try:
         return choose_kernels(plan.kernels, plan.threads, widen=plan.widen)
     except NotNative as error:
@@ -231,6 +255,19 @@ def _refuse_int8(quantize: str, path: PathName, reason: str, device: str) -> Non
     if quantize == "int8" and (path != "fast" or device != "cpu"):
         raise RecipeError(
             f"model.quantize: int8 is for the fast path on a CPU; {why}", help="--set model.quantize=none"
+        )
+
+
+def _refuse_place(place: PlaceName, checkpointing: str | int, path: PathName, reason: str) -> None:
+    if place != "device" and path != "fast":
+        raise RecipeError(
+            f"train.checkpoint_to: {place} is for the fast path; this run takes the reference path ({reason})",
+            help="--set train.checkpoint_to=device",
+        )
+    if place != "device" and checkpointing == "none":
+        raise RecipeError(
+            f"train.checkpoint_to: {place} has nothing to keep: train.gradient_checkpointing is none",
+            help="--set train.gradient_checkpointing=all, or --set train.checkpoint_to=device",
         )
 
 

@@ -106,6 +106,10 @@ class TrainSettings(Section):
         "auto",
         description="run layers again in the backward: none · all · N (every N layers); auto: where memory asks for it",
     )
+    checkpoint_to: Literal["device", "cpu", "disk"] = Field(
+        "device",
+        description="where gradient checkpointing keeps layers' inputs: device · cpu (memory, from a GPU) · disk",
+    )
     seed: Annotated[int, Field(ge=0)] = Field(42, description="of order, split and adapter")
 
 

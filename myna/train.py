@@ -22,7 +22,9 @@ from myna.adapters.methods import add_adapter, trainable_parameters
 from myna.checkpoint import collect_state, load_newest, restore_state, save_checkpoint
 from myna.data.packing import Batch, collate, num_steps_an_epoch, plan_packs
 from myna.data.render import Example
+from myna.engine.estimate import BaseShape, base_shape, kept_input_bytes
 from myna.engine.finite import all_finite, rows_at_fault
+from myna.engine.kept import InputPlace, input_place
 from myna.engine.memory import collector_at_rest, give_back_memory, memory_mb, peak_memory_mb
 from myna.engine.optim import FlatAdapter, flatten_adapter, lr_at
 from myna.engine.peaks import product_peak
@@ -32,7 +34,7 @@ from myna.errors import CheckFailed, Interrupted
 from myna.metrics import StepReport, append_metrics, cut_metrics
 from myna.model.load import load_base
 from myna.model.sources import Say
-from myna.plan import FrozenPlan, planned_kernels
+from myna.plan import FrozenPlan, longest_pack, planned_kernels
 from myna.prepare import Prepared
 from myna.run import require_room
 
@@ -97,9 +99,9 @@ def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) ->
                 peak_flops=peak,
                 memory_mb=memory_mb(),
                 peak_mb=peak_memory_mb(),
-                loss_scale=scaling and scaling.scale,
+                loss_scale=scaling.scale if scaling else None,
             )
-            scaling = scaling and scaling.after(finite=not report.skipped)
+            scaling = scaling.after(finite=not report.skipped) if scaling else None
             # before the checkpoint: a line too many is cut on resume, a line that was never written stays missing
             append_metrics(run.metrics_path, report)
             if step % settings.save_every_steps == 0 or step == plan.num_steps or signal_number is not None:
@@ -132,8 +134,22 @@ def _begin(prepared: Prepared) -> tuple[Any, Stepper, FlatAdapter]:
         checkpoint_layers=plan.checkpoint_layers,
         round_tokens=plan.round_tokens,
         head_tokens=plan.head_tokens,
+        keep_inputs=_input_place(prepared, base_shape(model.config)),
     )
     return model, stepper, adapter
+
+
+def _input_place(prepared: Prepared, shape: BaseShape) -> InputPlace:
+    """Where checkpointed layers' inputs are kept. MachineError where that is a disk without room for the longest pack's."""
+    plan, run = prepared.plan, prepared.run
+    if plan.checkpoint_to == "disk":
+        lengths = [len(example.input_ids_T) for example in prepared.examples]
+        batch_size = prepared.recipe.train.batch_size
+        tokens = longest_pack(lengths, batch_size, plan.pack_tokens, padded=False)
+        layers = plan.checkpoint_layers
+        num_bytes = kept_input_bytes(shape, dtype=plan.dtype, tokens=tokens, checkpoint_layers=layers)
+        require_room(run.path, num_bytes, "the inputs of layers (train.checkpoint_to: disk)")
+    return input_place(plan.checkpoint_to, device=plan.device, folder=run.path)
 
 
 def _first_pack(prepared: Prepared) -> Batch:

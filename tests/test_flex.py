@@ -1,10 +1,16 @@
-"""Attention by block masks sees what the padded one sees: the forward, which torch has on a CPU too."""
+"""Attention by block masks sees what the padded one sees; of the backward, which torch has on a GPU only, all around it."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import exactness
 import pytest
 import torch
+from exactness import ORDER_BOUND, PATH_BOUND, adapted, related_examples, require_same
 
+import myna.engine.flex
+from myna.data.packing import collate
 from myna.engine.flex import FlexKernels
 from myna.engine.kernels import Rope, TorchKernels
 from myna.engine.layout import plan_layout
@@ -24,3 +30,44 @@ def test_the_block_mask_is_the_padded_attention(window: int | None, softcap: flo
     FlexKernels().attention(qkv, spec, rope, layout, flex)
     TorchKernels().attention(qkv, spec, rope, layout, plain)
     assert (flex - plain).norm() <= 1e-5 * plain.norm()
+
+
+def dense_flex(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    score_mod: Any,
+    block_mask: Any,
+    scale: float,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """What flex_attention computes, by its documented formula over all of [T, T]: with a backward on a CPU too."""
+    num_heads, num_tokens = query.shape[1], query.shape[2]
+    assert enable_gqa == (num_heads != key.shape[1])
+    key, value = (x.repeat_interleave(num_heads // x.shape[1], 1) for x in (key, value))
+    scores = query @ key.transpose(-1, -2) * scale
+    scores = scores if score_mod is None else score_mod(scores, None, None, None, None)
+    place = torch.arange(num_tokens)
+    seen = block_mask.mask_mod(None, None, place[:, None], place[None, :])
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value
+
+
+@pytest.mark.parametrize("family", exactness.FEW)
+def test_a_step_by_block_masks_is_the_padded_step(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but flex_attention's own kernels: loss and gradients of a whole model over a tree of shared beginnings."""
+    batch, dtype = [collate(related_examples(), share=True)], torch.float64
+    plain = exactness.fast_answer(adapted(family, dtype), batch)
+    monkeypatch.setattr(myna.engine.flex, "flex_attention", dense_flex)
+    monkeypatch.setattr(myna.engine.flex, "_has_backward", lambda x: True)
+    require_same(exactness.fast_answer(adapted(family, dtype), batch, "flex"), plain, ORDER_BOUND[dtype])
+
+    def another(layout: Any, window: int | None) -> Any:
+        return honest(layout, 4)
+
+    honest = myna.engine.flex.block_mask
+    monkeypatch.setattr(
+        myna.engine.flex, "block_mask", another
+    )  # a planted fault: every layer has a window of 4
+    found = exactness.fast_answer(adapted(family, dtype), batch, "flex")
+    assert not exactness.same(found, plain, PATH_BOUND[torch.float32])

@@ -1,4 +1,4 @@
-"""fp16 with loss scaling: what would vanish is kept, what overflows skips a step, and a resume goes on with the same scale."""
+"""fp16 with loss scaling: what would vanish is kept, what overflows skips a step, a resume goes on with the same scale."""
 
 from __future__ import annotations
 

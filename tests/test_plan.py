@@ -10,10 +10,14 @@ from typing import Any
 import pytest
 import tiny
 import tiny_families
+import torch
+from torch.nn.attention.flex_attention import flex_attention
 
+import myna.engine.flex
 import myna.engine.step
 import myna.plan
 from myna.engine.compiler import NotNative
+from myna.engine.estimate import base_shape, estimate_memory, kept_input_bytes
 from myna.engine.loss import chunk_tokens
 from myna.engine.step import ROUND_TOKENS
 from myna.errors import MachineError, MynaError, RecipeError, UsageError
@@ -132,6 +136,8 @@ REFUSED: list[tuple[dict[str, dict[str, object]], Machine, str]] = [
     ({"model": {"quantize": "int8"}, "train": {"packed": False}}, MACHINE, r"int8.*train\.packed is false"),
     ({"model": {"quantize": "int8"}}, replace(MACHINE, device="cuda"), "int8.*device is cuda"),
     ({"train": {"packed": False, "gradient_checkpointing": 2}}, MACHINE, "2 layers together"),
+    ({"train": {"packed": False, "checkpoint_to": "disk"}}, MACHINE, r"disk is for.*train\.packed is false"),
+    ({"train": {"gradient_checkpointing": "none", "checkpoint_to": "disk"}}, MACHINE, "disk has nothing"),
 ]
 
 
@@ -155,11 +161,54 @@ def test_the_environment_has_the_last_word_on_kernels(monkeypatch: pytest.Monkey
     with pytest.raises(UsageError, match="MYNA_KERNELS=fast"):
         plan()
     monkeypatch.setenv("MYNA_KERNELS", "native")
+    with pytest.raises(MachineError, match="C kernels cannot be had here: the device is cuda"):
+        with_flex(monkeypatch)
+        plan(replace(MACHINE, device="cuda"))
     monkeypatch.setattr(myna.engine.step, "load_native", no_compiler)
-    with pytest.raises(MachineError, match="no C compiler"):
+    with pytest.raises(MachineError, match="C kernels cannot be had here: there is no C compiler"):
         plan()
     monkeypatch.delenv("MYNA_KERNELS")
     assert (plan().kernels, plan().kernels_reason) == ("torch", "there is no C compiler")
+
+
+def with_flex(monkeypatch: pytest.MonkeyPatch, *, triton: bool = True, compiler: bool = True) -> None:
+    """A machine that has, or has not, what flex_attention is compiled by."""
+    monkeypatch.setattr(myna.engine.flex, "COMPILER_PACKAGE", "json" if triton else "no_such_package")
+    monkeypatch.setattr(myna.engine.flex, "find_compiler", (lambda: ["cc"]) if compiler else no_compiler)
+
+
+def test_block_masks_are_chosen_on_a_gpu_that_can_compile_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = replace(MACHINE, device="cuda")
+    with_flex(monkeypatch)
+    found = plan(gpu)
+    assert (found.kernels, found.kernels_reason) == ("flex", "")
+    assert "attention by block masks" in " | ".join(found.sentences())
+    assert planned_kernels(found).name == "flex"
+    with_flex(monkeypatch, triton=False)
+    without = plan(gpu)
+    assert without.kernels == "torch" and "no_such_package, which is not installed" in without.kernels_reason
+    assert without.kernels_reason in " | ".join(without.sentences())
+    with pytest.raises(MachineError, match=r"begun with attention by block masks.*not installed") as caught:
+        planned_kernels(found)
+    assert caught.value.code == "kernels"
+    with_flex(monkeypatch, compiler=False)
+    assert plan(gpu).kernels_reason == "flex_attention: there is no C compiler"
+
+
+def test_block_masks_are_refused_where_they_cannot_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_flex(monkeypatch)
+    monkeypatch.setenv("MYNA_KERNELS", "flex")
+    with pytest.raises(MachineError, match="flex_attention has no backward on a CPU") as caught:
+        plan()
+    assert caught.value.exit_code == 4 and "unset MYNA_KERNELS" in (caught.value.help or "")
+    assert plan(replace(MACHINE, device="cuda")).kernels == "flex"
+    with_flex(monkeypatch, triton=False)
+    with pytest.raises(MachineError, match="which is not installed"):
+        plan(replace(MACHINE, device="cuda"))
+    # torch's own word on it: when this changes, so may the plan
+    with pytest.raises(NotImplementedError, match="backward on CPU"):
+        ones = torch.ones(1, 1, 128, 16, requires_grad=True)
+        flex_attention(ones, ones, ones).sum().backward()
 
 
 def test_planned_kernels_that_cannot_be_had_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,6 +240,34 @@ def test_a_plan_is_read_back_and_an_older_one_too(tmp_path: Path) -> None:
         read_plan(path)
 
 
+def test_where_inputs_of_layers_wait() -> None:
+    every = {"gradient_checkpointing": "all"}
+    disk, memory, here = (plan(train={**every, "checkpoint_to": to}) for to in ("disk", "cpu", "device"))
+    assert (disk.checkpoint_to, memory.checkpoint_to, here.checkpoint_to) == ("disk", "cpu", "device")
+    assert disk.memory_mb is not None and here.memory_mb is not None and disk.memory_mb <= here.memory_mb
+    assert memory.memory_mb == here.memory_mb
+    assert "keeps layers' inputs on disk" in " | ".join(disk.sentences())
+    assert "in CPU memory, where this device has them anyhow" in " | ".join(memory.sentences())
+    assert "keeps" not in " | ".join(here.sentences())
+    gpu = plan(replace(MACHINE, device="cuda"), train={**every, "checkpoint_to": "cpu"})
+    assert "inputs in CPU memory" in " | ".join(gpu.sentences()) and "anyhow" not in " ".join(gpu.sentences())
+    # where memory does not ask for checkpointing, nothing is kept anywhere
+    assert plan(train={"checkpoint_to": "disk"}).checkpoint_to == "device"
+    small = replace(MACHINE, total_memory_mb=1.0)
+    assert plan(small, train={"checkpoint_to": "disk"}).checkpoint_to == "disk"
+
+
+def test_inputs_that_wait_elsewhere_are_not_in_the_estimate() -> None:
+    shape = base_shape(tiny_families.family_config("llama", 400, num_hidden_layers=30))
+    given: dict[str, Any] = {"dtype": "bf16", "rank": 16, "tokens": 1000, "fast": True, "native": True}
+    here, disk = (
+        estimate_memory(shape, **given, quantize="none", checkpoint_layers=2, checkpoint_to=to).activations
+        for to in ("device", "disk")
+    )
+    one = kept_input_bytes(shape, dtype="bf16", tokens=1000, checkpoint_layers=2) / 15
+    assert one == 1000 * 64 * 2 and here - disk == pytest.approx(13 * one / 1e6)
+
+
 @pytest.mark.parametrize("value", ["some", 0, -1, 1.5, True, [1]])
 def test_a_wrong_gradient_checkpointing_is_told(value: object) -> None:
     with pytest.raises(MynaError, match="gradient_checkpointing: is one of auto, none, all, or a number"):
@@ -198,7 +275,6 @@ def test_a_wrong_gradient_checkpointing_is_told(value: object) -> None:
 
 
 def test_the_tiny_base_is_what_the_estimate_reads(tiny_base: Path) -> None:
-    from myna.engine.estimate import base_shape
     from myna.model.load import read_config
 
     shape = base_shape(read_config(tiny_base))

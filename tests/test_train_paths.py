@@ -13,9 +13,10 @@ import pytest
 import tiny
 
 import myna.engine.step
+import myna.train
 from myna.engine.compiler import NotNative
 from myna.engine.memory import collector_at_rest
-from myna.engine.step import best_kernels
+from myna.engine.step import ROUND_TOKENS, best_kernels
 from myna.errors import Interrupted, MachineError
 from myna.metrics import StepReport
 from myna.pipeline import train_stage
@@ -87,6 +88,10 @@ WAYS: dict[str, tuple[dict[str, dict[str, object]], float]] = {
     "unpacked, layers again": ({"train": {"packed": False, "gradient_checkpointing": "all"}}, 1e-4),
     "layers again": ({"train": {"gradient_checkpointing": "all"}}, 1e-4),
     "two layers again": ({"train": {"gradient_checkpointing": 2}}, 1e-4),
+    "layers again, inputs on disk": (
+        {"train": {"gradient_checkpointing": "all", "checkpoint_to": "disk"}},
+        1e-4,
+    ),
     "int8": ({"model": {"quantize": "int8"}}, 0.03),
 }
 
@@ -107,6 +112,7 @@ def test_every_way_is_the_same_run(recipe: Recipe, way: str) -> None:
     told = " ".join(said)
     assert ("train.packed is false" in told) == ("unpacked" in way)
     assert ("gradient checkpointing: every" in told) == ("again" in way)
+    assert ("inputs on disk" in told) == ("disk" in way)
     assert ("multiplied as int8" in told) == (way == "int8")
     line = json.loads(run.metrics_path.read_text().splitlines()[0])
     assert (line["share_of_peak"] is None) == ("unpacked" in way)
@@ -202,3 +208,26 @@ def test_the_collector_is_put_back(was_on: bool) -> None:
         assert gc.isenabled() == was_on and not gc.get_freeze_count()
     finally:
         gc.enable() if honest else gc.disable()
+
+
+def test_a_disk_without_room_for_the_inputs_is_refused_first(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 rows of 48 tokens, two layers of width 64 in float32: 98 kB, asked for before a step."""
+    asked: list[tuple[int, str]] = []
+    honest = myna.train.require_room
+
+    def watched(path: Path, num_bytes: int, what: str) -> None:
+        asked.append((num_bytes, what))
+        honest(path, 10**18 if "inputs" in what else num_bytes, what)
+
+    monkeypatch.setattr(myna.train, "require_room", watched)
+    settings = {"gradient_checkpointing": "all", "checkpoint_to": "disk"}
+    full = with_settings(recipe, "full", train=settings)
+    with pytest.raises(
+        MachineError, match=r"no room for the inputs of layers \(train\.checkpoint_to: disk\)"
+    ):
+        train_stage(full)
+    tokens = -(-4 * 48 // ROUND_TOKENS) * ROUND_TOKENS
+    assert [number for number, what in asked if "inputs" in what] == [2 * tokens * 64 * 4]
+    assert not run_of(full).metrics_path.exists()

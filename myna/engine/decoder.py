@@ -15,6 +15,7 @@ from myna.engine.blocks import PackTools, run_block
 from myna.engine.dropout import PackMasks
 from myna.engine.families import FAST, DecoderLayer, layer_norm, rms_norm
 from myna.engine.frozen import DenseWeight, Int8Weight, WatchedWeight
+from myna.engine.kept import InputPlace, KeptInput, OnDevice
 from myna.engine.kernels import Kernels, Norm, Rope
 from myna.engine.layout import plan_layout
 from myna.engine.lora import LoraGroup
@@ -24,7 +25,8 @@ from myna.engine.loss import target_loss
 class FastDecoder:
     """A peft model taken apart for packs. The adapter's parameters stay peft's; the base's weights move in here.
 
-    `checkpoint_layers`: 0 keeps what the backward needs, n keeps every n-th layer's input alone and runs the layers again.
+    `checkpoint_layers`: 0 keeps what the backward needs, n keeps every n-th layer's input alone and runs the layers again;
+    `keep_inputs`: where those inputs wait (None: on the device).
     `head_tokens`: target tokens that the head projects at a time (see `engine.loss`).
     """
 
@@ -35,12 +37,14 @@ class FastDecoder:
         *,
         checkpoint_layers: int = 0,
         head_tokens: int | None = None,
+        keep_inputs: InputPlace | None = None,
     ) -> None:
         causal_lm = model.get_base_model()
         self.config = causal_lm.config.get_text_config()
         self.kernels = kernels
         self.checkpoint_layers = checkpoint_layers
         self.head_tokens = head_tokens
+        self._keep_inputs = keep_inputs or OnDevice()
         self._family = FAST[self.config.model_type]
         self._base = causal_lm.base_model
         self._head_Vd = causal_lm.get_output_embeddings().weight
@@ -123,10 +127,12 @@ class FastDecoder:
         masks = self.masks(batch)
         tools = {name: PackTools(self.kernels, rope, layout, masks) for name, rope in ropes.items()}
         every = self.checkpoint_layers
-        if not every:
-            x_Td = _run_layers(x_Td, self.layers, tools)
-        for first in range(0, len(self.layers), every) if every else ():
-            x_Td = _Checkpointed.run(x_Td, self.layers[first : first + every], tools)
+        if not every or not torch.is_grad_enabled():
+            return _run_layers(x_Td, self.layers, tools)
+        kept: KeptInput | None = None
+        for first in range(0, len(self.layers), every):
+            kept = self._keep_inputs.keep(x_Td.detach(), before=kept)
+            x_Td = _Checkpointed.run(x_Td, kept, self.layers[first : first + every], tools)
         return x_Td
 
     def masks(self, batch: Batch) -> PackMasks | None:
@@ -167,7 +173,9 @@ class _Checkpointed(torch.autograd.Function):
     """Layers whose forward is run again in the backward (Chen et al. 2016): between them only their input is kept."""
 
     @staticmethod
-    def run(x_Td: torch.Tensor, layers: Sequence[DecoderLayer], tools: dict[str, PackTools]) -> torch.Tensor:
+    def run(
+        x_Td: torch.Tensor, kept: KeptInput, layers: Sequence[DecoderLayer], tools: dict[str, PackTools]
+    ) -> torch.Tensor:
         parts = (
             part
             for layer in layers
@@ -175,7 +183,7 @@ class _Checkpointed(torch.autograd.Function):
             for part in (block.inner, block.outer)
         )
         parameters = [parameter for group in parts for parameter in group.parameters]
-        y_Td = _Checkpointed.apply(x_Td, layers, tools, *parameters)
+        y_Td = _Checkpointed.apply(x_Td, kept, layers, tools, *parameters)
         assert isinstance(y_Td, torch.Tensor)
         return y_Td
 
@@ -183,23 +191,25 @@ class _Checkpointed(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
+        kept: KeptInput,
         layers: Sequence[DecoderLayer],
         tools: dict[str, PackTools],
         *parameters: Any,
     ) -> torch.Tensor:
-        ctx.x, ctx.layers, ctx.tools, ctx.parameters = x, layers, tools, parameters
+        ctx.kept, ctx.layers, ctx.tools, ctx.parameters = kept, layers, tools, parameters
         with torch.no_grad():
             return _run_layers(x, layers, tools)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         needs_x = ctx.needs_input_grad[0]
-        x = ctx.x.detach().requires_grad_(needs_x)
+        x = ctx.kept.fetch().requires_grad_(needs_x)
+        ctx.kept = None
         with torch.enable_grad():
             y = _run_layers(x, ctx.layers, ctx.tools)
         inputs = ([x] if needs_x else []) + list(ctx.parameters)
         found = list(torch.autograd.grad(y, inputs, gradients[0]))
-        return found.pop(0) if needs_x else None, None, None, *found
+        return found.pop(0) if needs_x else None, None, None, None, *found
 
 
 class _FinalNorm(torch.autograd.Function):

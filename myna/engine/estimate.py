@@ -17,6 +17,9 @@ PROCESS_MB = (
     600.0  # Python with torch, transformers, peft, the rows, and oneDNN's kernels (measured on Linux)
 )
 ADAPTER_BYTES = 16  # a number of the adapter: itself, its gradient, two moments, in float32
+INPUTS_ON_THE_WAY = (
+    2  # of those kept elsewhere: the one that layers run on, the one that is fetched beside them
+)
 UNGATED = frozenset({"gpt_neox", "falcon", "gpt2", "gptj", "opt", "phi", "bloom", "starcoder2"})
 
 
@@ -86,13 +89,16 @@ def estimate_memory(
     native: bool,
     quantize: str,
     checkpoint_layers: int,
+    checkpoint_to: str = "device",
 ) -> MemoryEstimate:
     """Of training with packs of at most `tokens` tokens (padded ones, off the fast path), every linear layer adapted."""
     size = BYTES[dtype]
     kept = _kept_by_a_layer(shape, size, rank, fast=fast, native=native)
     if checkpoint_layers:
-        inputs = -(-shape.layers // checkpoint_layers) * shape.width * size
-        by_token = inputs + min(checkpoint_layers, shape.layers) * kept
+        inputs = _num_inputs(shape, checkpoint_layers)
+        if checkpoint_to != "device":
+            inputs = min(inputs, INPUTS_ON_THE_WAY)
+        by_token = inputs * shape.width * size + min(checkpoint_layers, shape.layers) * kept
     else:
         by_token = shape.layers * kept
     passing = tokens * _passing(shape, size, native=native, quantize=quantize)
@@ -106,6 +112,15 @@ def estimate_memory(
         activations=tokens * by_token / 1e6,
         temporaries=(passing + _head(shape, size, tokens, fast=fast, native=native)) / 1e6,
     )
+
+
+def kept_input_bytes(shape: BaseShape, *, dtype: str, tokens: int, checkpoint_layers: int) -> int:
+    """Of all the layers' inputs that gradient checkpointing keeps of a pack."""
+    return _num_inputs(shape, checkpoint_layers) * tokens * shape.width * BYTES[dtype]
+
+
+def _num_inputs(shape: BaseShape, checkpoint_layers: int) -> int:
+    return -(-shape.layers // checkpoint_layers)
 
 
 def _linears(shape: BaseShape) -> tuple[tuple[int, int], ...]:

@@ -7,16 +7,33 @@ before them, inside the window. A document is a path in the tree of segments: al
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from myna.engine.compiler import NotNative, find_compiler
 from myna.engine.kernels import AttentionSpec, Rope, TorchKernels, turned_heads
 from myna.engine.layout import PackLayout
 
+# what flex_attention is compiled by on a GPU
+COMPILER_PACKAGE = "triton"
 Mask = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def flex_missing(device: str) -> str:
+    """Why attention by block masks can't be had on this device, in words for the user; "" where it can."""
+    if device == "cpu":
+        return "torch's flex_attention has no backward on a CPU"
+    if importlib.util.find_spec(COMPILER_PACKAGE) is None:
+        return f"flex_attention is compiled by {COMPILER_PACKAGE}, which is not installed"
+    try:
+        find_compiler()  # triton's own small pieces are C
+    except NotNative as error:
+        return f"flex_attention: {error}"
+    return ""
 
 
 class FlexKernels(TorchKernels):
@@ -28,10 +45,15 @@ class FlexKernels(TorchKernels):
         self, qkv: torch.Tensor, spec: AttentionSpec, rope: Rope, layout: PackLayout, out: torch.Tensor
     ) -> Any:
         with torch.enable_grad():
-            leaf = qkv.detach().requires_grad_(qkv.is_cuda)  # on a CPU flex_attention has no backward
+            leaf = qkv.detach().requires_grad_(_has_backward(qkv))
             answer = packed_flex(leaf, spec, rope, layout)
         out.copy_(answer.detach())
         return leaf, answer
+
+
+def _has_backward(x: torch.Tensor) -> bool:
+    """On a CPU flex_attention has none, and refuses what asks for a gradient."""
+    return x.is_cuda
 
 
 def packed_flex(qkv: torch.Tensor, spec: AttentionSpec, rope: Rope, layout: PackLayout) -> torch.Tensor:

@@ -20,7 +20,8 @@ from myna.data.render import IGNORE
 from myna.engine.compiler import NotNative
 from myna.engine.decoder import FastDecoder
 from myna.engine.families import FAST
-from myna.engine.flex import FlexKernels
+from myna.engine.flex import FlexKernels, flex_missing
+from myna.engine.kept import InputPlace
 from myna.engine.kernels import Kernels, TorchKernels
 from myna.engine.native import load_native
 from myna.engine.products import PlainProducts, WideProducts
@@ -58,7 +59,8 @@ def choose_kernels(name: KernelsName, threads: int, *, widen: bool = False) -> K
 def best_kernels(device: str, dtype: str) -> tuple[KernelsName, str]:
     """The kernels for this machine, and why where they are torch's."""
     if device != "cpu":
-        return "torch", f"the C kernels are for a CPU, the device is {device}"
+        why = flex_missing(device)
+        return ("torch", why) if why else ("flex", "")
     if dtype not in ("bf16", "fp32"):
         return "torch", f"the C kernels compute in bf16 and fp32, not in {dtype}"
     try:
@@ -93,15 +95,18 @@ def make_stepper(
     checkpoint_layers: int = 0,
     round_tokens: int = ROUND_TOKENS,
     head_tokens: int | None = None,
+    keep_inputs: InputPlace | None = None,
 ) -> Stepper:
     """Puts a peft model into training mode on a path. The settings are the fast path's; see FastDecoder and `round_up`.
 
+    `keep_inputs` is where checkpointed layers' inputs are kept: the device where None.
     `quantize_with` is a pack to quantize the frozen weights to int8 by; without one they stay as they are.
     On the reference path `checkpoint_layers` is 0 or 1: transformers runs each layer again, or none.
     """
     model.train()
     if path == "reference":
         assert checkpoint_layers <= 1 and quantize_with is None
+        assert keep_inputs is None or keep_inputs.name == "device"
         if checkpoint_layers:
             base = model.get_base_model()
             # under its older name where transformers has no newer one; reentrant, it would ask the embeddings for a gradient
@@ -115,6 +120,7 @@ def make_stepper(
         kernels or TorchKernels(),
         checkpoint_layers=checkpoint_layers,
         head_tokens=head_tokens,
+        keep_inputs=keep_inputs,
     )
     assert any(group.parts for group in decoder.groups()), "the fast path found no LoRA layer"
     if quantize_with is not None:
