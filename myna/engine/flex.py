@@ -87,7 +87,8 @@ def seen_by(layout: PackLayout, window: int | None) -> Mask:
     """mask(batch, head, query, key): whether a query token sees a key token."""
     segments = layout.batch.segments
     lengths = torch.tensor([segment.length for segment in segments])
-    segment_T = torch.repeat_interleave(torch.arange(len(segments)), lengths).to(layout.device)
+    # [T, T] of the distances is made at once: 32 bits suffice
+    segment_T = torch.repeat_interleave(torch.arange(len(segments)), lengths).int().to(layout.device)
     above_SS = torch.eye(len(segments), dtype=torch.bool)
     for number, segment in enumerate(segments):
         if segment.parent >= 0:
@@ -95,7 +96,7 @@ def seen_by(layout: PackLayout, window: int | None) -> Mask:
     above_SS = above_SS.to(layout.device)
     starts_S, first_S = layout.tree.segments[:, 0], layout.tree.segments[:, 2]
     place = torch.arange(int(lengths.sum())) - torch.repeat_interleave(starts_S - first_S, lengths)
-    position_T = place.to(layout.device)
+    position_T = place.int().to(layout.device)
 
     def seen(_batch: torch.Tensor, _head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         distance = position_T[q] - position_T[k]
