@@ -178,7 +178,7 @@ def freeze_plan(recipe: Recipe, config: Any, lengths: Sequence[int], machine: Ma
 
 
 def _best_dtype(config: Any, machine: Machine, path: PathName) -> str:
-    """bf16 where this machine is fast at it, on a GPU else fp16; on a CPU where a base in fp32 would take most of the memory."""
+    """bf16 where this machine is fast at it, or a base in fp32 would take most of the memory; fp16 on other GPUs."""
     if machine.fast_bf16:
         return "bf16"
     if machine.device != "cpu":
