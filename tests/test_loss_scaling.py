@@ -67,6 +67,24 @@ def test_what_is_scaled_after_the_loss_is_scaled_too_late() -> None:
     assert float(exact[0, 1:].min()) > 3e-5 and not outside[0, 1:].any()
 
 
+def test_training_scales_inside_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By scale over target tokens, in one factor, all the way into the kernels."""
+    batch, seen = collate(examples()), []
+    honest = TorchKernels.loss_back
+
+    def watched(kernels: TorchKernels, *given: Any) -> torch.Tensor:
+        seen.append(given[3])
+        return honest(kernels, *given)
+
+    monkeypatch.setattr(TorchKernels, "loss_back", watched)
+    stepper = make_stepper(adapted("llama", torch.float16), "fast")
+    num_targets = len(batch.targets_N)
+    scaled = mean_loss(stepper, batch, num_targets, LossScale(256.0))
+    plain = mean_loss(stepper, batch, num_targets)
+    assert seen == [256.0 / num_targets, 1.0]
+    assert float(scaled.detach()) == pytest.approx(256 * float(plain.detach()), rel=1e-6)
+
+
 EVERY_WAY = [("fast", *kind) for kind in exactness.KINDS] + [("reference", "torch", torch.float32)]
 
 
@@ -188,26 +206,37 @@ def stopping_after(step: int) -> Iterator[int | None]:
         yield signal.SIGTERM
 
 
-@pytest.mark.parametrize("stop", [1, 6])
+KEYS = ("step", "loss", "grad_norm", "loss_scale", "skipped")
+
+
+def told(run: Run) -> list[list[Any]]:
+    return [[line[key] for key in KEYS] for line in lines_of(run)]
+
+
+def stopped_and_resumed(recipe: Recipe, stop: int) -> Run:
+    asked = stopping_after(stop)
+    with pytest.raises(Interrupted):
+        list(train(prepare(recipe, run_of(recipe), print), print, lambda: next(asked)))
+    return train_stage(recipe, resume=True)
+
+
 def test_resumed_across_a_change_of_scale_is_not_stopped(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, stop: int
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped between two overflows, and one good step before a doubling."""
+    """Stopped between two overflows, and one good step before a doubling; and a planted fault, a scale that is forgotten."""
     monkeypatch.setattr(myna.engine.scaling, "FIRST_SCALE", 2.0**21)
     monkeypatch.setattr(myna.engine.scaling, "GOOD_STEPS", 2)
     straight = train_stage(named(recipe, "straight"))
-    stopped, asked = named(recipe, "stopped"), stopping_after(stop)
-    with pytest.raises(Interrupted):
-        list(train(prepare(stopped, run_of(stopped), print), print, lambda: next(asked)))
-    run = train_stage(stopped, resume=True)
-    exact, found = lines_of(straight), lines_of(run)
-    scales = [line["loss_scale"] for line in exact]
+    scales = [line["loss_scale"] for line in lines_of(straight)]
     turns = {after > before for before, after in itertools.pairwise(scales) if after != before}
     assert turns == {False, True}  # it fell and rose
-    keys = ("step", "loss", "grad_norm", "loss_scale", "skipped")
-    assert [[line[key] for key in keys] for line in found] == [[line[key] for key in keys] for line in exact]
-    paths = (r.adapter_dir / "adapter_model.safetensors" for r in (run, straight))
-    assert len({path.read_bytes() for path in paths}) == 1
+    for stop in (1, 6):
+        run = stopped_and_resumed(named(recipe, f"stopped-{stop}"), stop)
+        assert told(run) == told(straight)
+        paths = (r.adapter_dir / "adapter_model.safetensors" for r in (run, straight))
+        assert len({path.read_bytes() for path in paths}) == 1
+    monkeypatch.setattr(myna.train, "loss_scale_of", lambda dtype, facts=None: loss_scale_of(dtype))
+    assert told(stopped_and_resumed(named(recipe, "forgets"), 1)) != told(straight)
 
 
 def test_a_gradient_that_never_becomes_finite_ends_the_run(
