@@ -14,7 +14,9 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-WIDE_NUMBERS = 1 << 20  # of a weight that stand in float32 at once: 4 MB; a quarter and twice of it are as fast
+WIDE_NUMBERS = (
+    1 << 20
+)  # of a weight that stand in float32 at once: 4 MB; a quarter and twice of it are as fast
 
 
 class Products(Protocol):
