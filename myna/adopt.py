@@ -293,7 +293,5 @@ def adapter_tokenizer(folder: Path, base_dir: Path, say: Say = lambda _: None) -
 
 def _take_tokenizer(run: Run, given: Given, base: BaseFiles, say: Say) -> None:
     tokenizer = adapter_tokenizer(given.folder, base.folder, say)
-    save_tokenizer(
-        given.folder if (given.folder / "tokenizer.json").is_file() else base.folder, run.tokenizer_dir
-    )
-    write_text(run.tokenizer_dir / "chat_template.jinja", tokenizer.template_text)
+    source = given.folder if (given.folder / "tokenizer.json").is_file() else base.folder
+    save_tokenizer(source, run.tokenizer_dir, tokenizer)

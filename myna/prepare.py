@@ -45,7 +45,6 @@ class Prepared:
     run: Run
     recipe: Recipe
     base: BaseFiles
-    tokenizer: ChatTokenizer
     examples: tuple[Example, ...]
     test: tuple[Conversation, ...]
     plan: FrozenPlan
@@ -77,8 +76,8 @@ def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
             run.record([run.recipe_path])
     else:
         plan = freeze_plan(resolved, config, [len(e.input_ids_T) for e in examples], this_machine())
-        _write_run(run, resolved, base, plan, inputs, test)
-    return Prepared(run, resolved, base, tokenizer, tuple(examples), tuple(test), plan)
+        _write_run(run, resolved, base, plan, inputs, test, tokenizer)
+    return Prepared(run, resolved, base, tuple(examples), tuple(test), plan)
 
 
 def keep_trained(recipe: Recipe, run: Run) -> None:
@@ -237,13 +236,14 @@ def _write_run(
     plan: FrozenPlan,
     inputs: Mapping[str, Any],
     test: Sequence[Conversation],
+    tokenizer: ChatTokenizer,
 ) -> None:
     """Writes the run's first files; run.json last, since it is what makes the folder a run."""
     import json
 
     write_text(run.recipe_path, recipe_yaml(recipe))
     write_json(run.plan_path, asdict(plan))
-    save_tokenizer(base.folder, run.tokenizer_dir)
+    save_tokenizer(base.folder, run.tokenizer_dir, tokenizer)
     lines = [json.dumps(as_row(conversation), ensure_ascii=False) + "\n" for conversation in test]
     if lines:
         write_text(run.test_path, "".join(lines))
@@ -258,11 +258,10 @@ def _write_run(
     write_json(run.path / "run.json", info)
 
 
-def save_tokenizer(source: Path, folder: Path) -> None:
-    """Copies the tokenizer's files and writes the chat template in use beside them."""
+def save_tokenizer(source: Path, folder: Path, tokenizer: ChatTokenizer) -> None:
+    """Copies the files of `tokenizer`, which was read from `source`, and writes the chat template in use beside them."""
     import shutil
 
-    tokenizer = load_chat_tokenizer(source)
     names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"]
     if tokenizer.exceeds_rows:
         names.append("config.json")  # it tells which of the tokens the model has an embedding for

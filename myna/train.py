@@ -25,7 +25,7 @@ from myna.data.render import Example
 from myna.engine.estimate import BaseShape, base_shape, kept_input_bytes
 from myna.engine.finite import all_finite, rows_at_fault
 from myna.engine.kept import InputPlace, input_place
-from myna.engine.memory import collector_at_rest, give_back_memory, memory_mb, peak_memory_mb
+from myna.engine.memory import collector_at_rest, forget_models, give_back_memory, memory_mb, peak_memory_mb
 from myna.engine.optim import FlatAdapter, flatten_adapter, lr_at
 from myna.engine.peaks import product_peak
 from myna.engine.scaling import LossScale, loss_scale_of, mean_loss
@@ -72,7 +72,7 @@ def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) ->
     cut_metrics(run.metrics_path, first - 1)
     if plan.path == "fast" and prepared.recipe.adapter.dropout:
         say("dropout: each row has masks of its own, so beginnings that rows share are computed for each")
-    give_back_memory()  # what loading left behind
+    forget_models()  # what loading left behind
     with collector_at_rest():
         for step, epoch, packs in _steps(prepared, first):
             started = time.perf_counter()
@@ -123,6 +123,7 @@ def _begin(prepared: Prepared) -> tuple[Any, Stepper, FlatAdapter]:
     """The model with its adapter, as the plan says it is computed."""
     recipe, plan = prepared.recipe, prepared.plan
     kernels = planned_kernels(plan)
+    give_back_memory()  # what reading the rows and measuring the products left behind
     model = load_base(prepared.base.folder, plan.dtype, device=plan.device)
     model = add_adapter(model, recipe.adapter, seed=recipe.train.seed, base_name=str(prepared.base.folder))
     adapter = flatten_adapter(trainable_parameters(model), recipe.train)

@@ -247,6 +247,6 @@ def test_an_added_token_without_an_embedding_is_left_out_and_the_others_are_llam
         assert server.tokens(text) == ours.encode(text)
     with pytest.raises(DataError, match="'<image_soft_token>', a token of the tokenizer"):
         ours.encode("see <image_soft_token>")
-    save_tokenizer(tmp_path, tmp_path / "run")
+    save_tokenizer(tmp_path, tmp_path / "run", ours)
     with pytest.raises(DataError, match="no embedding for"):
         load_chat_tokenizer(tmp_path / "run").encode("see <image_soft_token>")

@@ -20,6 +20,7 @@ from myna.engine.kernels import Kernels, Norm, Rope
 from myna.engine.layout import plan_layout
 from myna.engine.lora import LoraGroup
 from myna.engine.loss import target_loss
+from myna.engine.memory import give_back_memory
 
 
 class FastDecoder:
@@ -55,6 +56,7 @@ class FastDecoder:
         for index, layer in enumerate(self._base.layers):
             self.layers.append(self._family.layer(layer, self.config, index))
             _let_go(layer)
+            give_back_memory()  # else the layers' old places come to a second model
         self._num_adapters = 0
         for group in self.groups():
             group.first_adapter = self._num_adapters
@@ -69,22 +71,26 @@ class FastDecoder:
     def quantize_int8(self, calibration: Batch) -> None:
         """Turns every frozen weight to int8; `calibration` is a pack of the rows that will be trained on.
 
-        A forward over it tells how large each input column gets. Layer by layer, so that no second copy of all is held.
+        A forward over it tells how large each input column gets. A layer is quantized once the pack is through it, so that
+        never two copies of more than one layer are held.
         """
-        watched = []
-        for group in self.groups():
-            assert isinstance(group.frozen, DenseWeight), "the weights are quantized already"
-            group.frozen = watch = WatchedWeight(group.frozen)
-            watched.append((group, watch))
-        self.hidden(calibration)
-        for group, watch in watched:
-            group.frozen = Int8Weight(watch.dense, watch.largest_K)
-            del watch.dense
+        x_Td, tools = self._enter(calibration)
+        for layer in self.layers:
+            watched = []
+            for group in _groups_of(layer):
+                assert isinstance(group.frozen, DenseWeight), "the weights are quantized already"
+                group.frozen = watch = WatchedWeight(group.frozen)
+                watched.append((group, watch))
+            x_Td = _run_layers(x_Td, [layer], tools)
+            for group, watch in watched:
+                group.frozen = Int8Weight(watch.dense, watch.largest_K)
+                del watch.dense
+            give_back_memory()
 
     def groups(self) -> Iterator[LoraGroup]:
         """Every group of linears, in the order of the forward."""
         for layer in self.layers:
-            yield from (layer.attention.inner, layer.attention.outer, layer.mlp.inner, layer.mlp.outer)
+            yield from _groups_of(layer)
 
     def product_flops(self, batch: Batch) -> float:
         """Floating-point operations of the matrix products that a forward and backward over the pack runs.
@@ -120,12 +126,7 @@ class FastDecoder:
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """The residual stream after the last layer: [T, d]."""
-        device = self._head_Vd.device
-        x_Td: torch.Tensor = self._embedding(batch.input_ids_T[None].to(device))[0]
-        layout = plan_layout(batch, device)
-        ropes = self._ropes(x_Td, batch.position_ids_T.to(device))
-        masks = self.masks(batch)
-        tools = {name: PackTools(self.kernels, rope, layout, masks) for name, rope in ropes.items()}
+        x_Td, tools = self._enter(batch)
         every = self.checkpoint_layers
         if not every or not torch.is_grad_enabled():
             return _run_layers(x_Td, self.layers, tools)
@@ -144,6 +145,15 @@ class FastDecoder:
         device = self._head_Vd.device
         return PackMasks(batch.draw, len(batch.input_ids_T), self._num_adapters, widest, device)
 
+    def _enter(self, batch: Batch) -> tuple[torch.Tensor, dict[str, PackTools]]:
+        """What the first layer reads, [T, d], and what every block uses, by the name of its rotary embedding."""
+        device = self._head_Vd.device
+        x_Td: torch.Tensor = self._embedding(batch.input_ids_T[None].to(device))[0]
+        layout = plan_layout(batch, device)
+        ropes = self._ropes(x_Td, batch.position_ids_T.to(device))
+        masks = self.masks(batch)
+        return x_Td, {name: PackTools(self.kernels, rope, layout, masks) for name, rope in ropes.items()}
+
     def _ropes(self, x_Td: torch.Tensor, position_ids_T: torch.Tensor) -> dict[str, Rope]:
         """The rotary embedding by layer type ("" where the model has one for all), in float32 at least."""
         exact = x_Td.dtype if x_Td.dtype == torch.float64 else torch.float32
@@ -154,6 +164,10 @@ class FastDecoder:
             cos, sin = self._base.rotary_emb(like, positions, *([name] if name else []))
             found[name] = Rope(cos[0].contiguous(), sin[0].contiguous())
         return found
+
+
+def _groups_of(layer: DecoderLayer) -> tuple[LoraGroup, ...]:
+    return layer.attention.inner, layer.attention.outer, layer.mlp.inner, layer.mlp.outer
 
 
 def _run_layers(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # weights one after another: threads would keep what they read ahead, and glibc gives back little of theirs
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
     # peft asks transformers for an attribute by its old name
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     from transformers.utils import logging
@@ -48,14 +52,15 @@ def load_base(folder: Path, dtype: str, *, device: str = "cpu") -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=DTYPES[dtype],
-            local_files_only=True,
-            output_loading_info=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+        with files_read():
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=DTYPES[dtype],
+                local_files_only=True,
+                output_loading_info=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
     except Exception as error:  # what transformers raises for a foreign config.json is anything
         if isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error)):
             raise MachineError(f"has no room in memory: {first_line(error)}", where=str(folder)) from error
@@ -68,6 +73,27 @@ def load_base(folder: Path, dtype: str, *, device: str = "cpu") -> Any:
     refuse_not_finite(model.named_parameters(), folder)
     model.requires_grad_(False)
     return model.to(device).eval()
+
+
+@contextlib.contextmanager
+def files_read() -> Iterator[None]:
+    """Inside, transformers reads weight files tensor by tensor, as it does on Windows, instead of mapping them.
+
+    Every page of a mapped file that was looked at counts as this process's memory until all is loaded: the file stood in
+    memory beside the weights made of it.
+    """
+    from transformers import modeling_utils
+
+    mapped = modeling_utils.safe_open
+    modeling_utils.safe_open = functools.partial(_read, mapped)
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = mapped
+
+
+def _read(safe_open: Any, *arguments: Any, **named: Any) -> Any:
+    return safe_open(*arguments, **(named | {"backend": "pread"}))
 
 
 def refuse_not_finite(tensors: Iterable[tuple[str, torch.Tensor]], place: Path) -> None:
