@@ -25,7 +25,14 @@ from myna.data.render import Example
 from myna.engine.estimate import BaseShape, base_shape, kept_input_bytes
 from myna.engine.finite import all_finite, rows_at_fault
 from myna.engine.kept import InputPlace, input_place
-from myna.engine.memory import collector_at_rest, forget_models, give_back_memory, memory_mb, peak_memory_mb
+from myna.engine.memory import (
+    FreedMemory,
+    collector_at_rest,
+    forget_models,
+    give_back_memory,
+    memory_mb,
+    peak_memory_mb,
+)
 from myna.engine.optim import FlatAdapter, flatten_adapter, lr_at
 from myna.engine.peaks import product_peak
 from myna.engine.scaling import LossScale, loss_scale_of, mean_loss
@@ -37,6 +44,7 @@ from myna.model.sources import Say
 from myna.plan import FrozenPlan, longest_pack, planned_kernels
 from myna.prepare import Prepared
 from myna.run import require_room
+from myna.trial import FEWEST_STEPS, largest_pack, room_required, try_pack
 
 StopAsked = Callable[[], int | None]
 Packs = list[list[Example]]
@@ -73,7 +81,12 @@ def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) ->
     if plan.path == "fast" and prepared.recipe.adapter.dropout:
         say("dropout: each row has masks of its own, so beginnings that rows share are computed for each")
     forget_models()  # what loading left behind
-    with collector_at_rest():
+    freed = FreedMemory()
+    if plan.num_steps - first + 1 >= FEWEST_STEPS:
+        to_come = (pack for _, _, packs in _steps(prepared, first) for pack in packs)
+        try_pack(largest_pack(to_come, fast=plan.path == "fast"), stepper, adapter, plan, say)
+        freed.give_back_excess()
+    with collector_at_rest(), room_required(plan):
         for step, epoch, packs in _steps(prepared, first):
             started = time.perf_counter()
             rate = lr_at(step, plan.num_steps, settings)
@@ -83,7 +96,7 @@ def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) ->
             seconds = time.perf_counter() - started
             if step % TIDY_EVERY == 0:
                 gc.collect()
-                give_back_memory()  # after every step it would cost several percent: the next one asks for it again
+            freed.give_back_excess()
             flops = [stepper.product_flops(batch) for batch in batches]
             report = StepReport(
                 step=step,

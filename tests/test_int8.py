@@ -10,9 +10,17 @@ import torch
 from exactness import adapted, distance, examples
 
 from myna.data.packing import collate
-from myna.engine.frozen import DenseWeight, FrozenWeight, Int8Weight, quantize_weight, smoothing
+from myna.engine import decoder
+from myna.engine.frozen import (
+    DenseWeight,
+    FrozenWeight,
+    Int8Weight,
+    WatchedWeight,
+    quantize_weight,
+    smoothing,
+)
 from myna.engine.kernels import Kernels, TorchKernels
-from myna.engine.step import FastStepper, KernelsName, make_stepper
+from myna.engine.step import FastStepper, KernelsName, make_stepper, round_up
 
 NUM_IN, NUM_OUT, RANK, TOKENS = 576, 320, 8, 70
 # forward and backward: what smoothing takes from the outliers of x it lays on the weight's, which the backward sees
@@ -184,3 +192,31 @@ def test_a_decoder_holds_one_byte_a_weight() -> None:
         held[quantize_with is not None] = sum(storages.values()) / num_weights
     # besides: scales by row and column, and the adapter as the products read it
     assert 4 <= held[False] < 4.5 and 1 <= held[True] < 1.3
+
+
+def test_layer_by_layer_is_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same integers as where all columns are measured before the first weight is quantized, one layer open at a time."""
+    batch = round_up(collate(examples()))
+    whole, parts = (make_stepper(adapted("llama", torch.float32), "fast") for _ in range(2))
+    assert isinstance(whole, FastStepper) and isinstance(parts, FastStepper)
+    groups = list(whole.decoder.groups())
+    for group in groups:
+        assert isinstance(group.frozen, DenseWeight)
+        group.frozen = WatchedWeight(group.frozen)
+    with torch.no_grad():
+        whole.decoder.hidden(batch)
+    expected = [Int8Weight(g.frozen.dense, g.frozen.largest_K) for g in groups]  # type: ignore[attr-defined]
+    open_at_once: list[int] = []
+
+    class Counted(Int8Weight):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            open_at_once.append(sum(isinstance(g.frozen, WatchedWeight) for g in parts.decoder.groups()))
+
+    monkeypatch.setattr(decoder, "Int8Weight", Counted)
+    parts.decoder.quantize_int8(batch)
+    for group, weight in zip(parts.decoder.groups(), expected, strict=True):
+        assert isinstance(group.frozen, Int8Weight)
+        assert torch.equal(group.frozen.quants_NK, weight.quants_NK)
+        assert torch.equal(group.frozen.scale_N, weight.scale_N)
+    assert open_at_once == [4, 3, 2, 1] * 2

@@ -10,9 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
+import torch
+from exactness import Made
+from torch.utils._pytree import tree_leaves
 
-from myna.engine.estimate import BaseShape, estimate_memory
-from myna.engine.memory import memory_mb, peak_memory_mb, total_memory_mb
+from myna.adapters.methods import add_adapter, trainable_parameters
+from myna.engine import memory
+from myna.engine.estimate import BaseShape, base_shape, estimate_memory
+from myna.engine.memory import FreedMemory, memory_mb, peak_memory_mb, total_memory_mb
+from myna.engine.optim import flatten_adapter
+from myna.engine.step import make_stepper
+from myna.model.load import load_base
+from myna.recipe import AdapterSettings, TrainSettings
 
 ROOT = Path(__file__).parent.parent
 
@@ -132,3 +142,90 @@ def test_a_peak_is_not_that_of_whoever_started_the_process() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 150 < peak_memory_mb()
     del held
+
+
+class MostHeld(Made):
+    """The most bytes that were alive at once of what torch made while it is on; shapes without memory are not counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = len(self._storages)
+        answer = super().__torch_dispatch__(func, types, args, kwargs)
+        if any(isinstance(t, torch.Tensor) and t.is_meta for t in tree_leaves(answer)):
+            del self._storages[before:]
+        self._storages = [(ref, num_bytes) for ref, num_bytes in self._storages if not ref.expired()]
+        self.peak = max(self.peak, self.held_bytes())
+        return answer
+
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 400,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_base(tmp_path_factory.mktemp("base"), **SHAPE)
+
+
+def test_loading_and_what_stays_are_as_estimated(base: Path) -> None:
+    """From the file to the first step, all weights stand once, but for the layer that moves."""
+    with MostHeld() as made:
+        model = load_base(base, "bf16")
+        model = add_adapter(model, AdapterSettings(r=8), seed=1, base_name="x")
+        adapter = flatten_adapter(trainable_parameters(model), TrainSettings())
+        stepper = make_stepper(model, "fast")
+        held = made.held_bytes() / 1e6
+    found = estimate_memory(
+        base_shape(model.config),
+        dtype="bf16",
+        rank=8,
+        tokens=64,
+        fast=True,
+        native=True,
+        quantize="none",
+        checkpoint_layers=0,
+    )
+    assert made.peak / 1e6 == pytest.approx(found.loading, rel=0.1)
+    assert held == pytest.approx(found.weights + found.adapter, rel=0.1)
+    del adapter, stepper
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mappings are read as Linux tells them")
+def test_a_weights_file_is_never_mapped(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of a mapped file count as the process's memory, and all of them are looked at."""
+    from transformers import core_model_loading
+
+    mappings: list[bool] = []
+    whole = core_model_loading._materialize_copy
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        mappings.append(str(base) in Path("/proc/self/maps").read_text())
+        return whole(*arguments, **named)
+
+    monkeypatch.setattr(core_model_loading, "_materialize_copy", noted)
+    load_base(base, "bf16")
+    assert len(mappings) > 8 * 7 and not any(mappings)
+
+
+def test_freed_memory_goes_back_where_it_grows_beyond_what_a_step_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held, given = iter([100.0, 200.0, 215.0, 225.0, 110.0, 150.0, 220.0, 231.0, 120.0]), []
+    monkeypatch.setattr(memory, "memory_mb", lambda: next(held))
+    monkeypatch.setattr(memory, "give_back_memory", lambda: given.append(True))
+    freed, said = FreedMemory(), []
+    for _ in range(6):
+        freed.give_back_excess()
+        said.append(len(given))
+    # a step needs 100: at 225 from 100 the first goes back, at 231 from 110 the second
+    assert said == [0, 0, 1, 1, 1, 2]

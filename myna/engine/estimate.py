@@ -105,8 +105,8 @@ def estimate_memory(
     layer = sum(wide_in * wide_out for wide_in, wide_out in _linears(shape))
     ends = (1 if shape.tied else 2) * shape.vocabulary * shape.width * size
     return MemoryEstimate(
-        # a layer stands twice while it moves behind the seam
-        loading=((shape.layers + 1) * layer * size + ends) / 1e6,
+        # files are read tensor by tensor; a layer stands twice while it moves behind the seam, the adapter beside it
+        loading=((shape.layers + 1) * layer * size + ends + _adapter(shape, size, rank)) / 1e6,
         weights=(shape.layers * layer * (1 if quantize == "int8" else size) + ends) / 1e6,
         adapter=_adapter(shape, size, rank) / 1e6,
         activations=tokens * by_token / 1e6,

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+MOST_EXCESS = 1.2  # growth over what a step needs, at which freed memory is given back
+
 
 def total_memory_mb(device: str = "cpu") -> float:
     """All memory of the device in MB (10⁶ bytes), cut to a container's limit (Linux cgroup v2); never what is free now."""
@@ -48,13 +50,31 @@ def peak_memory_mb() -> float:
 
 
 def give_back_memory() -> None:
-    """Returns freed memory to the OS (glibc's malloc_trim; elsewhere nothing).
-
-    Packs differ from step to step, so what one step frees does not always fit the next.
-    """
+    """Returns freed memory to the OS (glibc's malloc_trim; elsewhere nothing)."""
     trim = _malloc_trim()
     if trim is not None:
         trim(0)
+
+
+class FreedMemory:
+    """Freed memory, which goes back to the OS once it is more than the next step will ask for again.
+
+    What a step leaves is what the next one uses, and to give it back each time would cost several percent. But between
+    what steps free and ask for again lies ever more that lives on (oneDNN's kernels of new shapes), so that pieces no longer
+    fit and more is asked of the OS than any step needs.
+    """
+
+    def __init__(self) -> None:
+        self._base_mb, self._need_mb, self._is_first = memory_mb(), 0.0, True
+
+    def give_back_excess(self) -> None:
+        """To be called after each step. The steps that come first after memory was given back tell what a step needs."""
+        grown_mb = memory_mb() - self._base_mb
+        if self._is_first:
+            self._need_mb, self._is_first = max(self._need_mb, grown_mb), False
+        elif grown_mb > MOST_EXCESS * self._need_mb:
+            give_back_memory()
+            self._base_mb, self._is_first = memory_mb(), True
 
 
 @contextlib.contextmanager

@@ -1,0 +1,71 @@
+"""The longest pack tried first: where memory ends, it ends before the first step and not hours later."""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from myna.data.packing import Batch, collate
+from myna.data.render import Example
+from myna.engine.memory import peak_memory_mb
+from myna.engine.optim import FlatAdapter
+from myna.engine.step import Stepper
+from myna.errors import MachineError
+from myna.model.load import NO_MEMORY, first_line
+from myna.model.sources import Say
+from myna.plan import NEW_RUN, FrozenPlan
+
+FEWEST_STEPS = 20  # a shorter run tells by itself soon enough, and would be a twentieth longer
+LOOKED_AT = 8  # packs with the most tokens that are laid out: rows that share a beginning make a shorter pack
+
+
+def largest_pack(packs: Iterator[Sequence[Example]], *, fast: bool) -> Batch:
+    """Of a run's packs the one that takes the most memory, by its tokens; off the fast path with their padding."""
+
+    def size(pack: Sequence[Example]) -> int:
+        lengths = [len(example.input_ids_T) for example in pack]
+        return sum(lengths) if fast else len(lengths) * max(lengths)
+
+    batches = [collate(pack, share=fast) for pack in heapq.nlargest(LOOKED_AT, packs, key=size)]
+    return max(batches, key=lambda batch: len(batch.input_ids_T)) if fast else batches[0]
+
+
+def try_pack(batch: Batch, stepper: Stepper, adapter: FlatAdapter, plan: FrozenPlan, say: Say) -> None:
+    """A forward and backward over the pack that leave no trace in the run, and a sentence of what they took.
+
+    MachineError where there is no room.
+    """
+    devices = [torch.cuda.current_device()] if plan.device == "cuda" else []
+    with torch.random.fork_rng(devices), room_required(plan):
+        (stepper.loss(batch) / len(batch.targets_N)).backward()
+    adapter.gradient_P.zero_()
+    peak = torch.cuda.max_memory_allocated() / 1e6 if devices else peak_memory_mb()
+    estimated = "" if plan.memory_mb is None else f" ({plan.memory_mb:,.0f} were estimated)"
+    say(f"the longest pack fits: {peak:,.0f} MB at most{estimated}")
+
+
+@contextlib.contextmanager
+def room_required(plan: FrozenPlan) -> Iterator[None]:
+    """Inside, an allocation that fails becomes a MachineError that says what takes less."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's for a GPU is a RuntimeError too
+        if not isinstance(error, MemoryError) and not re.search(NO_MEMORY, str(error)):
+            raise
+        raise MachineError(
+            f"a step does not fit into memory: {first_line(error)}",
+            help=f"{' or '.join(_cures(plan))}; {NEW_RUN.removeprefix('or ')} where this one has begun",
+            code="memory",
+        ) from error
+
+
+def _cures(plan: FrozenPlan) -> Iterator[str]:
+    yield f"--set train.pack_tokens={plan.pack_tokens // 2}"
+    if not plan.checkpoint_layers:
+        yield "--set train.gradient_checkpointing=all"
+    if plan.quantize == "none" and plan.path == "fast" and plan.device == "cpu":
+        yield "--set model.quantize=int8"
