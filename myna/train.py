@@ -83,8 +83,7 @@ def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) ->
     forget_models()  # what loading left behind
     freed = FreedMemory()
     if plan.num_steps - first + 1 >= FEWEST_STEPS:
-        to_come = (pack for _, _, packs in _steps(prepared, first) for pack in packs)
-        try_pack(largest_pack(to_come, fast=plan.path == "fast"), stepper, adapter, plan, say)
+        try_pack(_largest_pack(prepared, first), stepper, adapter, plan, say)
         freed.give_back_excess()
     with collector_at_rest(), room_required(plan):
         for step, epoch, packs in _steps(prepared, first):
@@ -170,6 +169,16 @@ def _first_pack(prepared: Prepared) -> Batch:
     """The first pack of the run's first step, whichever step it goes on from: int8 is made to fit it."""
     _, _, packs = next(_steps(prepared, 1))
     return collate(packs[0], share=True)
+
+
+def _largest_pack(prepared: Prepared, first: int) -> Batch:
+    """Of the packs from step `first` on, the one that takes the most memory."""
+    packs = ((step, pack) for step, _, packs in _steps(prepared, first) for pack in packs)
+    return largest_pack(
+        packs,
+        lambda step, pack: _collate(prepared, step, [list(pack)])[0],
+        fast=prepared.plan.path == "fast",
+    )
 
 
 def _steps(prepared: Prepared, first: int) -> Iterator[tuple[int, int, Packs]]:

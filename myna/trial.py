@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import heapq
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from myna.data.packing import Batch, collate
+from myna.data.packing import Batch
 from myna.data.render import Example
 from myna.engine.memory import peak_memory_mb
 from myna.engine.optim import FlatAdapter
@@ -23,15 +23,23 @@ FEWEST_STEPS = 20  # a shorter run tells by itself soon enough, and would be a t
 LOOKED_AT = 8  # packs with the most tokens that are laid out: rows that share a beginning make a shorter pack
 
 
-def largest_pack(packs: Iterator[Sequence[Example]], *, fast: bool) -> Batch:
-    """Of a run's packs the one that takes the most memory, by its tokens; off the fast path with their padding."""
+def largest_pack(
+    packs: Iterable[tuple[int, Sequence[Example]]],
+    lay: Callable[[int, Sequence[Example]], Batch],
+    *,
+    fast: bool,
+) -> Batch:
+    """Of packs, each with its step, the one that takes the most memory, as `lay` lays it out for training.
+
+    It is judged by its tokens; off the fast path with the padding of its rows.
+    """
 
     def size(pack: Sequence[Example]) -> int:
         lengths = [len(example.input_ids_T) for example in pack]
         return sum(lengths) if fast else len(lengths) * max(lengths)
 
-    batches = [collate(pack, share=fast) for pack in heapq.nlargest(LOOKED_AT, packs, key=size)]
-    return max(batches, key=lambda batch: len(batch.input_ids_T)) if fast else batches[0]
+    found = heapq.nlargest(LOOKED_AT if fast else 1, packs, key=lambda numbered: size(numbered[1]))
+    return max((lay(step, pack) for step, pack in found), key=lambda batch: len(batch.input_ids_T))
 
 
 def try_pack(batch: Batch, stepper: Stepper, adapter: FlatAdapter, plan: FrozenPlan, say: Say) -> None:

@@ -11,6 +11,7 @@ import torch
 from exactness import example
 
 import myna.train
+from myna.data.packing import Batch, collate
 from myna.engine.step import FastStepper, ReferenceStepper
 from myna.errors import Interrupted, MachineError
 from myna.pipeline import train_stage
@@ -104,9 +105,13 @@ def test_the_longest_pack_is_the_one_that_takes_the_most() -> None:
     shared = [example(list(range(3, 63)) + [70 + n] * 4) for n in range(4)]  # 256 tokens, 76 of them once
     plain = [example([100 + n] + [n + 1] * 59) for n in range(3)]  # 180, all their own
     ragged = [example([5] * 100), example([6] * 3), example([7] * 3)]  # 106; padded, 300
-    packs = [plain[:1], shared, plain, ragged]
-    assert len(largest_pack(iter(packs), fast=True).input_ids_T) == 180
-    assert largest_pack(iter(packs[2:]), fast=False).lengths == (100, 3, 3)
+    packs = list(enumerate([plain[:1], shared, plain, ragged]))
+
+    def lay(_: int, pack: Any) -> Batch:
+        return collate(pack, share=True)
+
+    assert len(largest_pack(packs, lay, fast=True).input_ids_T) == 180
+    assert largest_pack(packs[2:], lambda _, pack: collate(pack), fast=False).lengths == (100, 3, 3)
 
 
 def raises(error: Exception) -> Any:
