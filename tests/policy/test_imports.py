@@ -24,6 +24,7 @@ DIRECTION = (
     "adopt",
     "preview",
     "metrics",
+    "trial",
     "train",
     "backends",
     "export",
