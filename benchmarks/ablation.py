@@ -191,7 +191,7 @@ class SplitWeight:
 
     def __init__(self, group: Any) -> None:
         self.dense, self.parts = group.frozen, group.parts
-        for name in ("num_out", "num_in", "rank", "a_RK", "b_NR"):
+        for name in ("num_out", "num_in", "rank", "low"):
             setattr(self, name, getattr(self.dense, name))
 
     def product(self, xh: Any, kernels: Any) -> Any:
@@ -203,7 +203,7 @@ class SplitWeight:
         for part in self.parts:
             h = xh[:, num_in + part.ranks.start : num_in + part.ranks.stop]
             answers.append(
-                torch.addmm(x @ dense.weight_NK[part.rows].T, h, dense.b_NR[part.rows, part.ranks].T)
+                torch.addmm(x @ dense.weight_NK[part.rows].T, h, dense.low.b_NR[part.rows, part.ranks].T)
             )
         return torch.cat(answers, 1)
 
@@ -213,7 +213,7 @@ class SplitWeight:
         dense, total = self.dense, None
         for part in self.parts:
             gh = ggh[:, dense.num_out + part.ranks.start : dense.num_out + part.ranks.stop]
-            back = torch.addmm(ggh[:, part.rows] @ dense.weight_NK[part.rows], gh, dense.a_RK[part.ranks])
+            back = torch.addmm(ggh[:, part.rows] @ dense.weight_NK[part.rows], gh, dense.low.a_RK[part.ranks])
             total = back if total is None else total.add_(back)
         return total
 

@@ -87,8 +87,7 @@ def neighbours_are_seen(honest: Callable[..., Any], batch: Batch, device: Any) -
 def scaling_is_forgotten(patch: Patch) -> None:
     def refresh(group: LoraGroup) -> None:
         for part in group.parts:
-            group.frozen.a_RK[part.ranks] = part.a.detach()
-            group.frozen.b_NR[part.rows, part.ranks] = part.b.detach()
+            group.frozen.low.put(part.rows, part.ranks, part.a.detach(), part.b.detach())
 
     patch.setattr(LoraGroup, "refresh", refresh)
 
@@ -100,7 +99,7 @@ def b_lies_in_another_part(patch: Patch) -> None:
         honest(group)
         if len(group.parts) > 1:
             last = group.parts[-1]
-            group.frozen.b_NR[last.rows, group.parts[0].ranks] = last.b.detach() * last.scaling
+            group.frozen.low.b_NR[last.rows, group.parts[0].ranks] = last.b.detach() * last.scaling
 
     patch.setattr(LoraGroup, "refresh", refresh)
 
@@ -193,6 +192,18 @@ def other_gelu(honest: Kernels, h: Any, activation: str, gated: bool, out: Any) 
     honest.gate(h, other, gated, out)  # type: ignore[arg-type]
 
 
+def gradients_change_places(honest: Kernels, g: Any, x: Any, into: Any, scale: float) -> None:
+    """Of the As of q, k and v, and of gate and up."""
+    honest.add_outer(g, x, into[::-1], scale)
+
+
+def gradient_is_overwritten(honest: Kernels, g: Any, x: Any, into: Any, scale: float) -> None:
+    """As if a pack were the first of its step."""
+    for rows in into:
+        rows.zero_()
+    honest.add_outer(g, x, into, scale)
+
+
 def one_window_more(window: int | None) -> int | None:
     return None if window is None else window + 1
 
@@ -243,5 +254,6 @@ SPOILED: dict[str, tuple[str, Callable[[FastStepper], None]]] = {
     "the gradient of the head's cap is missing": ("gemma2", kernels_with(loss_back=loss_back_without_slope)),
     "the head's cap is missing": ("gemma2", kernels_with(loss_back=loss_without_cap)),
     "the residual's gradient is lost": ("llama", kernels_with(norm_back=residual_gradient_lost)),
+    "the gradients of A change places": ("llama", kernels_with(add_outer=gradients_change_places)),
     "gelu is the other gelu": ("gemma", kernels_with(gate=other_gelu)),
 }

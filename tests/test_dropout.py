@@ -222,7 +222,7 @@ def another_adapters_mask(patch: Patch) -> None:
 FAULTS: dict[str, Callable[[Patch], None]] = {
     "adapters of a group share a mask": one_mask_for_the_group,
     "the low-rank gradient in x rides along unmasked": the_gradient_in_x_is_not_masked,
-    "the gradient of A is of the whole input": without_masks("adapter_gradients"),
+    "the gradient of A is of the whole input": without_masks("add_adapter_gradients"),
     "the forward drops nothing": without_masks("forward"),
     "what is kept is not scaled": mask_with("scale", lambda mask: 1.0),
     "the rate is a little off": mask_with("threshold", lambda mask: round(mask.rate * 1.01 * 2**32) - 2**31),

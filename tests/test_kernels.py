@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from myna.data.packing import collate
-from myna.engine.kernels import ActivationName, AttentionSpec, Kernels, Norm, Rope, TorchKernels
+from myna.engine.kernels import ActivationName, AttentionSpec, Kernels, LowRankTerm, Norm, Rope, TorchKernels
 from myna.engine.layout import plan_layout
 from myna.engine.step import KernelsName, best_kernels
 
@@ -226,17 +226,70 @@ def test_int8_rows_in_c_are_those_in_torch(dtype: torch.dtype, folded: bool, wid
     assert int(expected.abs().amax()) == 127
 
 
+def low_term(rows: int, width: int, dtype: torch.dtype) -> LowRankTerm:
+    """Three parts on columns that are no multiple of anything, the first columns nobody's."""
+    h, m = strided(rows, 37, dtype=dtype, seed=3), torch.zeros(37, width + 2).to(dtype)[:, :width]
+    blocks = [[2, 3, 0, 2], [3, 20, 2, 36], [20, width, 36, 37]]
+    for start, stop, first, last in blocks:
+        m[first:last, start:stop] = strided(last - first, stop - start, dtype=dtype, seed=stop)
+    return LowRankTerm(h, m, torch.tensor(blocks))
+
+
+# one row and one rank, more than a panel or chunk of each, multiples of vectors and none
+LOW_RANK = [(1, 1, 1), (3, 5, 2), (16, 128, 16), (67, 130, 21), (130, 300, 48), (65, 129, 77)]
+
+
+@kinds
+@pytest.mark.parametrize(("rows", "width", "ranks"), LOW_RANK)
+def test_low_rank_products(name: KernelsName, dtype: torch.dtype, rows: int, width: int, ranks: int) -> None:
+    kernels = exactness.kernels_named(name)
+    x, m = strided(rows, width, dtype=dtype), strided(width, ranks, dtype=dtype, seed=1)
+    wide = torch.full((rows, ranks + 2), torch.nan).to(dtype)
+    kernels.low_rank(x, m, wide[:, 1 : ranks + 1])
+    assert off(wide[:, 1 : ranks + 1], x.double() @ m.double()) <= BOUND[dtype]
+    assert wide[:, [0, ranks + 1]].isnan().all(), "written beside its place"
+
+
+@kinds
+@pytest.mark.parametrize(("rows", "width", "ranks"), LOW_RANK)
+def test_outer_products_are_added(
+    name: KernelsName, dtype: torch.dtype, rows: int, width: int, ranks: int
+) -> None:
+    """To tensors that lie apart, on what is in them, in float32 where the products are; and turned."""
+    kernels, before = exactness.kernels_named(name), strided(ranks, width, dtype=torch.float32, seed=2)
+    x, g = strided(rows, width, dtype=dtype), strided(rows, ranks, dtype=dtype, seed=1)
+    into = [part.clone() for part in before.split(-(-ranks // 3))]
+    kernels.add_outer(g, x, into, 0.3)
+    exact = before.double() + 0.3 * g.double().T @ x.double()
+    bound = BOUND[torch.float32 if name == "native" else dtype]
+    most = bound * (
+        float(exact.norm()) + 1
+    )  # where product and what was there cancel, each has its own rounding
+    assert float((torch.cat(into) - exact).norm()) <= most
+    turned = before.T.contiguous()
+    kernels.add_outer(x, g, [turned], 0.3)
+    assert float((turned - exact.T).norm()) <= most
+
+
+def test_an_outer_product_is_added_to_narrow_gradients() -> None:
+    """Where the adapter's own parameters are bfloat16."""
+    x, g, into = (torch.ones(shape).bfloat16() for shape in ((9, 5), (9, 2), (2, 5)))
+    exactness.kernels_named("native").add_outer(g, x, [into], 2)
+    assert torch.equal(into, torch.full((2, 5), 19.0).bfloat16())
+
+
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("whole", [False, True])
 def test_dequantize_in_c_is_that_in_torch(dtype: torch.dtype, whole: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     sums = torch.randint(-900_000, 900_000, (13, 45), dtype=torch.int32, generator=generator)
     row, column = torch.rand(13, generator=generator), torch.rand(45, generator=generator)
-    low, bias = strided(13, 45, dtype=dtype), strided(45, dtype=dtype, extra=0)
+    low, bias = low_term(13, 45, dtype), strided(45, dtype=dtype, extra=0)
     more: dict[str, Any] = dict.fromkeys(("column_scale", "low", "bias"))
     if whole:
         more = {"column_scale": column, "low": low, "bias": bias}
-    exact_more = {name: double(value) for name, value in more.items()}
+    exact_low = LowRankTerm(low.h_TR.double(), low.m_RN.double(), low.blocks_B4)
+    exact_more = {name: exact_low if value is low else double(value) for name, value in more.items()}
     found = exactness.kernels_named("native").dequantize(sums, row, **more, dtype=dtype)
     exact = EXACT.dequantize(sums, row.double(), **exact_more, dtype=torch.float64)
     assert found.dtype == dtype and off(found, exact) <= BOUND[dtype]

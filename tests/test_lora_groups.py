@@ -69,6 +69,25 @@ def test_a_group_is_its_formula() -> None:
     assert [p.shape for p in group.parameters] == [a.shape, b.shape] and group.parameters[0] is a
 
 
+@pytest.mark.parametrize("kernels", ["torch", "native"])
+def test_the_adapters_gradients_are_added_where_they_stand(kernels: KernelsName) -> None:
+    """In float32 also under bfloat16, onto what is there, in the tensor that the optimizer reads."""
+    model, batch = adapted("llama", torch.bfloat16), collate(examples())
+    parameters = trainable_parameters(model)
+    for parameter in parameters.values():
+        parameter.data = parameter.data.float()
+    stepper = make_stepper(model, "fast", kernels=exactness.kernels_named(kernels))
+    once = exactness.answer_of(stepper, model, [batch])
+    homes = {name: parameter.grad for name, parameter in parameters.items()}
+    stepper.loss(batch).backward()
+    for name, parameter in parameters.items():
+        assert parameter.grad is homes[name] and parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+        torch.testing.assert_close(parameter.grad, 2 * once.gradients[name], rtol=1e-5, atol=1e-6)
+    if kernels == "native":  # torch's products of bfloat16 are rounded to it
+        assert any((g.bfloat16().float() != g).any() for g in once.gradients.values())
+
+
 class Counted:
     """A frozen weight that counts who asks it for what."""
 

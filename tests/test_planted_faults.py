@@ -11,7 +11,7 @@ import exactness
 import pytest
 import torch
 from exactness import ORDER_BOUND, PATH_BOUND, Answer, adapted, examples, related_examples, same
-from planted import PLANTED, SPOILED, Patch
+from planted import PLANTED, SPOILED, Patch, gradient_is_overwritten, kernels_with
 
 import myna.engine.decoder
 from myna.data.packing import Batch, collate
@@ -100,6 +100,15 @@ def test_a_recomputation_with_other_weights_is_seen(monkeypatch: Patch) -> None:
     monkeypatch.setattr(myna.engine.decoder, "_run_layers", changed)
     found = fast("llama", batches, checkpoint_layers=1)
     assert found.loss == expected.loss and not same(found, expected, PATH_BOUND[torch.float32])
+
+
+def test_a_pack_whose_gradient_is_not_added_is_seen() -> None:
+    rows = examples()
+    batches = [collate(rows[:3]), collate(rows[3:])]
+    expected = fast("llama", [collate(rows)])
+    assert same(fast("llama", batches), expected, ORDER_BOUND[EXACT])
+    found = fast("llama", batches, kernels_with(add_outer=gradient_is_overwritten))
+    assert not same(found, expected, PATH_BOUND[torch.float32])
 
 
 def test_a_mean_of_means_is_seen() -> None:

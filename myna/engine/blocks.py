@@ -55,7 +55,11 @@ class PackTools:
 def run_block(
     x_Td: torch.Tensor, block: AttentionBlock | MlpBlock, tools: PackTools, *, residual: bool = True
 ) -> torch.Tensor:
-    """x and what the block adds to it (that alone without `residual`), [T, d], with a gradient to x and the adapters."""
+    """x and what the block adds to it (that alone without `residual`), [T, d], with a gradient to x.
+
+    The adapters' parameters are inputs of the graph, so that it reaches down to the lowest of them; to autograd they have no
+    gradient: the backward adds it to their `grad` itself, in float32, without a tensor in between.
+    """
     parameters = (*block.inner.parameters, *block.outer.parameters)
     y_Td = _Block.apply(x_Td, block, tools, residual, *parameters)
     assert isinstance(y_Td, torch.Tensor)
@@ -100,6 +104,7 @@ class _Block(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         block, tools, x, middle = ctx.block, ctx.tools, ctx.x, ctx.middle
         kernels = tools.kernels
+        nothing = (None,) * len(ctx.needs_input_grad)
         g = coming = gradients[0]
         if block.post_norm is not None:
             g = kernels.norm_back(g, ctx.raw, block.post_norm, ctx.post_stats, None)
@@ -107,9 +112,8 @@ class _Block(torch.autograd.Function):
         ggh[:, : block.outer.frozen.num_out] = g
         block.outer.low_gradient(ggh, kernels)
         if not (ctx.needs_input_grad[0] or block.inner.parts):
-            answer = _answer_again(ctx, kernels)
-            outer = block.outer.adapter_gradients(ggh, answer, kernels, tools.masks)
-            return None, None, None, None, *outer
+            block.outer.add_adapter_gradients(ggh, _answer_again(ctx, kernels), kernels, tools.masks)
+            return nothing
         g_answer = block.outer.input_gradient(ggh, kernels, tools.masks)
         inner_ggh = block.inner.gradient_buffer(x)
         g_middle = inner_ggh[:, : block.inner.frozen.num_out]
@@ -123,7 +127,7 @@ class _Block(torch.autograd.Function):
             answer = _answer_buffer(ctx)
             inside = answer[:, : block.outer.frozen.num_in]
             kernels.gate_back(g_answer, middle, block.activation, block.gated, g_middle, inside)
-        outer = block.outer.adapter_gradients(ggh, answer, kernels, tools.masks)
+        block.outer.add_adapter_gradients(ggh, answer, kernels, tools.masks)
         block.inner.low_gradient(inner_ggh, kernels)
         xh = block.inner.input_buffer(x)
         xh[:, x.shape[1] :] = ctx.h
@@ -132,9 +136,9 @@ class _Block(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             gx = block.inner.input_gradient(inner_ggh, kernels, tools.masks)
             gx = kernels.norm_back(gx, x, block.norm, ctx.stats, coming if ctx.residual else None)
-        inner = block.inner.adapter_gradients(inner_ggh, xh, kernels, tools.masks)
+        block.inner.add_adapter_gradients(inner_ggh, xh, kernels, tools.masks)
         ctx.x = ctx.middle = ctx.attended = ctx.answer = ctx.h = ctx.raw = None
-        return gx, None, None, None, *inner, *outer
+        return gx, *nothing[1:]
 
 
 def _answer_buffer(ctx: Any) -> torch.Tensor:

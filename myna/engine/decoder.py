@@ -208,9 +208,9 @@ class _Checkpointed(torch.autograd.Function):
         kept: KeptInput,
         layers: Sequence[DecoderLayer],
         tools: dict[str, PackTools],
-        *parameters: Any,
+        *_: Any,
     ) -> torch.Tensor:
-        ctx.kept, ctx.layers, ctx.tools, ctx.parameters = kept, layers, tools, parameters
+        ctx.kept, ctx.layers, ctx.tools = kept, layers, tools
         with torch.no_grad():
             return _run_layers(x, layers, tools)
 
@@ -221,9 +221,8 @@ class _Checkpointed(torch.autograd.Function):
         ctx.kept = None
         with torch.enable_grad():
             y = _run_layers(x, ctx.layers, ctx.tools)
-        inputs = ([x] if needs_x else []) + list(ctx.parameters)
-        found = list(torch.autograd.grad(y, inputs, gradients[0]))
-        return found.pop(0) if needs_x else None, None, None, None, *found
+        y.backward(gradients[0])  # the blocks add to the adapters' gradients, x is a leaf
+        return x.grad, *(None,) * (len(ctx.needs_input_grad) - 1)
 
 
 class _FinalNorm(torch.autograd.Function):

@@ -12,20 +12,44 @@ from typing import Protocol
 
 import torch
 
-from myna.engine.kernels import Kernels
+from myna.engine.kernels import Kernels, LowRankTerm
+
+Blocks = tuple[tuple[slice, slice], ...]  # output rows and ranks, part by part
 
 INT8_MOST = 127
 SMALLEST = 1e-5  # of a column's largest value, so that one of zeros divides by something
 
 
+class LowRank:
+    """The adapters on a weight as the products read them: in the compute dtype, b scaled.
+
+    a stands twice, once turned, and b too where `both_ways`: a kernel wants the columns of its answer side by side.
+    Each part has output rows and ranks of its own, `blocks`; outside of them b is zero.
+    """
+
+    def __init__(
+        self, a_RK: torch.Tensor, b_NR: torch.Tensor, blocks: Blocks | None, *, both_ways: bool = False
+    ) -> None:
+        self.a_RK, self.b_NR = a_RK, b_NR
+        self.a_KR = a_RK.T.contiguous()
+        self.b_RN = b_NR.T.contiguous() if both_ways else None
+        self.blocks = blocks or ((slice(0, len(b_NR)), slice(0, len(a_RK))),)
+
+    def put(self, rows: slice, ranks: slice, a: torch.Tensor, b: torch.Tensor) -> None:
+        """One part's a [r, K] and scaled b [n, r]."""
+        self.a_RK[ranks], self.b_NR[rows, ranks] = a, b
+        self.a_KR[:, ranks] = self.a_RK[ranks].T
+        if self.b_RN is not None:
+            self.b_RN[ranks, rows] = self.b_NR[rows, ranks].T
+
+
 class FrozenWeight(Protocol):
-    """`a_RK` and `b_NR` are the adapter as the products read it: in the compute dtype, b scaled."""
+    """[N, K], and the adapters on it."""
 
     num_out: int
     num_in: int
     rank: int
-    a_RK: torch.Tensor
-    b_NR: torch.Tensor
+    low: LowRank
 
     def product(self, xh: torch.Tensor, kernels: Kernels) -> torch.Tensor:
         """x Wᵀ + h bᵀ + bias: [T, K + R] to [T, N]."""
@@ -42,14 +66,15 @@ class DenseWeight:
       K   R
     """
 
-    def __init__(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, rank: int) -> None:
+    def __init__(
+        self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, rank: int, blocks: Blocks | None = None
+    ) -> None:
         self.num_out, self.num_in = weight_NK.shape
         self.rank = rank
         store = weight_NK.new_zeros(self.num_out + rank, self.num_in + rank)
         store[: self.num_out, : self.num_in] = weight_NK
         self.weight_NK = store[: self.num_out, : self.num_in]
-        self.a_RK = store[self.num_out :, : self.num_in]
-        self.b_NR = store[: self.num_out, self.num_in :]
+        self.low = LowRank(store[self.num_out :, : self.num_in], store[: self.num_out, self.num_in :], blocks)
         self._forward = store[: self.num_out]
         self._backward = store[:, : self.num_in]
         self.bias_N = bias_N
@@ -79,22 +104,28 @@ class Int8Weight:
             smooth_K = smoothing(largest_K, weight_NK)
             weight_NK, self._evened_K = weight_NK * smooth_K, 1 / smooth_K
         self.quants_NK, self.scale_N = quantize_weight(weight_NK)
-        self.a_RK, self.b_NR = dense.a_RK.clone(), dense.b_NR.clone()
+        self.low = LowRank(dense.low.a_RK.clone(), dense.low.b_NR.clone(), dense.low.blocks, both_ways=True)
+        # of the two products' low-rank parts: b in its blocks, a whole
+        self._blocks_B4 = _as_tensor(self.low.blocks)
+        self._whole_B4 = _as_tensor(((slice(0, self.num_in), slice(0, self.rank)),))
         self._bias = dense.bias_N
 
     def product(self, xh: torch.Tensor, kernels: Kernels) -> torch.Tensor:
         quants_TK, scale_T = kernels.quantize_rows(xh[:, : self.num_in], self._evened_K)
-        low_TN = kernels.products.linear(xh[:, self.num_in :], self.b_NR) if self.rank else None
         sums_TN = torch._int_mm(quants_TK, self.quants_NK.T)
-        return kernels.dequantize(sums_TN, scale_T, self.scale_N, low_TN, self._bias, xh.dtype)
+        low = None
+        if self.rank:
+            assert self.low.b_RN is not None
+            low = LowRankTerm(xh[:, self.num_in :], self.low.b_RN, self._blocks_B4)
+        return kernels.dequantize(sums_TN, scale_T, self.scale_N, low, self._bias, xh.dtype)
 
     def product_back(self, ggh: torch.Tensor, kernels: Kernels) -> torch.Tensor:
         quants_TN, scale_T = kernels.quantize_rows(ggh[:, : self.num_out], self.scale_N)
-        low_TK = None
-        if ggh.shape[1] > self.num_out:
-            low_TK = kernels.products.back(ggh[:, self.num_out :], self.a_RK)
         sums_TK = torch._int_mm(quants_TN, self.quants_NK)
-        return kernels.dequantize(sums_TK, scale_T, self._evened_K, low_TK, None, ggh.dtype)
+        low = None
+        if ggh.shape[1] > self.num_out:
+            low = LowRankTerm(ggh[:, self.num_out :], self.low.a_RK, self._whole_B4)
+        return kernels.dequantize(sums_TK, scale_T, self._evened_K, low, None, ggh.dtype)
 
 
 class WatchedWeight:
@@ -103,8 +134,8 @@ class WatchedWeight:
     def __init__(self, dense: DenseWeight) -> None:
         self.dense = dense
         self.num_out, self.num_in, self.rank = dense.num_out, dense.num_in, dense.rank
-        self.a_RK, self.b_NR = dense.a_RK, dense.b_NR
-        self.largest_K = torch.zeros(dense.num_in, device=dense.a_RK.device)
+        self.low = dense.low
+        self.largest_K = torch.zeros(dense.num_in, device=dense.weight_NK.device)
 
     def product(self, xh: torch.Tensor, kernels: Kernels) -> torch.Tensor:
         largest_K = xh[:, : self.num_in].abs().amax(0).float()
@@ -113,6 +144,11 @@ class WatchedWeight:
 
     def product_back(self, ggh: torch.Tensor, kernels: Kernels) -> torch.Tensor:
         return self.dense.product_back(ggh, kernels)
+
+
+def _as_tensor(blocks: Blocks) -> torch.Tensor:
+    """As LowRankTerm has them."""
+    return torch.tensor([(rows.start, rows.stop, ranks.start, ranks.stop) for rows, ranks in blocks])
 
 
 def smoothing(largest_K: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:

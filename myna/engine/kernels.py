@@ -1,4 +1,5 @@
-"""The small work between the products: norms, activations, attention, int8 rows. One protocol, here in plain torch.
+"""The small work around the frozen products: norms, activations, attention, int8 rows, low-rank products. One protocol,
+here in plain torch.
 
 Shapes: T tokens of the pack · d width · N columns. `out` arguments are views that may have a longer row stride.
 The same functions in C are in `native`; what they compute is what these say.
@@ -6,6 +7,7 @@ The same functions in C are in `native`; what they compute is what these say.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -57,8 +59,20 @@ class Rope:
     sin_TR: torch.Tensor
 
 
+@dataclass(frozen=True)
+class LowRankTerm:
+    """h m, [T, N], that is to be added to a product.
+
+    `blocks_B4`, on the CPU: the columns [0] to [1] and ranks [2] to [3] of each block of m; outside of them m is zero.
+    """
+
+    h_TR: torch.Tensor
+    m_RN: torch.Tensor
+    blocks_B4: torch.Tensor
+
+
 class Kernels(Protocol):
-    """What the blocks call. Every function is pure but for its `out`."""
+    """What the blocks call. Every function is pure but for its `out` and `into`."""
 
     name: str
     products: Products
@@ -114,11 +128,17 @@ class Kernels(Protocol):
         sums: torch.Tensor,
         row_scale: torch.Tensor,
         column_scale: torch.Tensor | None,
-        low: torch.Tensor | None,
+        low: LowRankTerm | None,
         bias: torch.Tensor | None,
         dtype: torch.dtype,
     ) -> torch.Tensor:
         """int32 sums · row_scale (· column_scale) (+ low) (+ bias), in `dtype`."""
+
+    def low_rank(self, x: torch.Tensor, m: torch.Tensor, out: torch.Tensor) -> None:
+        """x m, [T, R], into `out`; m, [K, R], is narrow."""
+
+    def add_outer(self, g: torch.Tensor, x: torch.Tensor, into: Sequence[torch.Tensor], scale: float) -> None:
+        """Adds scale · gᵀ x, [N, K], to `into`: its rows, in one tensor or several, one after another."""
 
     def loss_back(
         self, logits: torch.Tensor, targets: torch.Tensor, softcap: float | None, scale: float = 1.0
@@ -231,7 +251,7 @@ class TorchKernels:
         sums: torch.Tensor,
         row_scale: torch.Tensor,
         column_scale: torch.Tensor | None,
-        low: torch.Tensor | None,
+        low: LowRankTerm | None,
         bias: torch.Tensor | None,
         dtype: torch.dtype,
     ) -> torch.Tensor:
@@ -239,10 +259,18 @@ class TorchKernels:
         if column_scale is not None:
             y *= column_scale
         if low is not None:
-            y += low
+            y += self.products.back(low.h_TR, low.m_RN)
         if bias is not None:
             y += bias
         return y.to(dtype)
+
+    def low_rank(self, x: torch.Tensor, m: torch.Tensor, out: torch.Tensor) -> None:
+        self.products.back(x, m, out=out)
+
+    def add_outer(self, g: torch.Tensor, x: torch.Tensor, into: Sequence[torch.Tensor], scale: float) -> None:
+        product_NK = self.products.outer(g, x)
+        for rows, part in zip(into, product_NK.split([len(rows) for rows in into]), strict=True):
+            rows.add_(part, alpha=scale)
 
     def loss_back(
         self, logits: torch.Tensor, targets: torch.Tensor, softcap: float | None, scale: float = 1.0

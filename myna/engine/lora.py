@@ -37,7 +37,7 @@ class LoraPart:
 
 
 class LoraGroup:
-    """Linear layers with one input. Gradients come back in the order of `parameters`."""
+    """Linear layers with one input, and the adapters' `parameters`."""
 
     frozen: FrozenWeight
     first_adapter = 0  # of the model's adapters in the order of the forward; the decoder counts them
@@ -63,15 +63,15 @@ class LoraGroup:
             if len(bases) > 1
             else bases[0].weight.detach()
         )
-        self.frozen = DenseWeight(weight, _bias(bases), rank)
+        blocks = tuple((part.rows, part.ranks) for part in parts)
+        self.frozen = DenseWeight(weight, _bias(bases), rank, blocks)
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Takes the adapter's present values into the products; after every change of them."""
         for part in self.parts:
-            self.frozen.a_RK[part.ranks] = part.a
-            self.frozen.b_NR[part.rows, part.ranks] = part.b * part.scaling
+            self.frozen.low.put(part.rows, part.ranks, part.a, part.b * part.scaling)
 
     def input_buffer(self, like: torch.Tensor) -> torch.Tensor:
         """[T, K + R] for T rows of `like`; its first K columns are to be filled with x."""
@@ -87,9 +87,9 @@ class LoraGroup:
         if masks is not None and self.dropout:
             for part, x in self._dropped(xh[:, :num_in], kernels, masks):
                 h = xh[:, num_in + part.ranks.start : num_in + part.ranks.stop]
-                kernels.products.linear(x, self.frozen.a_RK[part.ranks], out=h)
+                kernels.low_rank(x, self.frozen.low.a_KR[:, part.ranks], h)
         elif self.frozen.rank:
-            kernels.products.linear(xh[:, :num_in], self.frozen.a_RK, out=xh[:, num_in:])
+            kernels.low_rank(xh[:, :num_in], self.frozen.low.a_KR, xh[:, num_in:])
         return self.frozen.product(xh, kernels)
 
     def low_gradient(self, ggh: torch.Tensor, kernels: Kernels) -> None:
@@ -97,7 +97,7 @@ class LoraGroup:
         num_out = self.frozen.num_out
         for part in self.parts:
             gh = ggh[:, num_out + part.ranks.start : num_out + part.ranks.stop]
-            kernels.products.back(ggh[:, part.rows], self.frozen.b_NR[part.rows, part.ranks], out=gh)
+            kernels.low_rank(ggh[:, part.rows], self.frozen.low.b_NR[part.rows, part.ranks], gh)
 
     def input_gradient(
         self, ggh: torch.Tensor, kernels: Kernels, masks: PackMasks | None = None
@@ -109,31 +109,25 @@ class LoraGroup:
         gx = self.frozen.product_back(ggh[:, :num_out], kernels)
         for part, mask in self._masks(masks):
             gh = ggh[:, num_out + part.ranks.start : num_out + part.ranks.stop]
-            low = kernels.products.back(gh, self.frozen.a_RK[part.ranks])
+            low = kernels.products.back(gh, self.frozen.low.a_RK[part.ranks])
             kernels.drop(low, mask, gx, add=True)
         return gx
 
-    def adapter_gradients(
+    def add_adapter_gradients(
         self, ggh: torch.Tensor, xh: torch.Tensor, kernels: Kernels, masks: PackMasks | None = None
-    ) -> list[torch.Tensor]:
-        """The gradients in `parameters`."""
+    ) -> None:
+        """Adds the gradients in `parameters` to what stands in their `grad`."""
         num_out, num_in = self.frozen.num_out, self.frozen.num_in
-        if not self.parts:
-            return []
         if masks is not None and self.dropout:
-            gas = [
-                kernels.products.outer(ggh[:, num_out + part.ranks.start : num_out + part.ranks.stop], x)
-                for part, x in self._dropped(xh[:, :num_in], kernels, masks)
-            ]
-        else:
-            ga_RK = kernels.products.outer(ggh[:, num_out:], xh[:, :num_in])
-            gas = [ga_RK[part.ranks] for part in self.parts]
-        gradients = []
-        for part, ga in zip(self.parts, gas, strict=True):
+            for part, x in self._dropped(xh[:, :num_in], kernels, masks):
+                gh = ggh[:, num_out + part.ranks.start : num_out + part.ranks.stop]
+                kernels.add_outer(gh, x, [_gradient_of(part.a)], 1.0)
+        elif self.parts:
+            gradients = [_gradient_of(part.a) for part in self.parts]
+            kernels.add_outer(ggh[:, num_out:], xh[:, :num_in], gradients, 1.0)
+        for part in self.parts:
             h = xh[:, num_in + part.ranks.start : num_in + part.ranks.stop]
-            gradients.append(ga)
-            gradients.append(kernels.products.outer(ggh[:, part.rows], h).mul_(part.scaling))
-        return gradients
+            kernels.add_outer(ggh[:, part.rows], h, [_gradient_of(part.b)], part.scaling)
 
     def _masks(self, masks: PackMasks) -> Iterator[tuple[LoraPart, DropoutMask]]:
         for number, part in enumerate(self.parts, self.first_adapter):
@@ -147,6 +141,13 @@ class LoraGroup:
         for part, mask in self._masks(masks):
             kernels.drop(x, mask, room)
             yield part, room
+
+
+def _gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """What a backward adds to."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def _dropout(module: Any) -> float:

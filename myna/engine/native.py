@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ import torch
 
 from myna.engine.compiler import NotNative, compiled_kernels
 from myna.engine.dropout import DropoutMask
-from myna.engine.kernels import ActivationName, AttentionSpec, Norm, Rope, TorchKernels
+from myna.engine.kernels import ActivationName, AttentionSpec, LowRankTerm, Norm, Rope, TorchKernels
 from myna.engine.layout import PackLayout
 from myna.engine.products import Products
+from myna.engine.threads import gomp_parallel
 
 WIDEST_HEAD = 1024
+WIDEST_VECTOR = 16  # floats
 NO_WINDOW = 1 << 40
-OPENMP_NAMES = ("libgomp", "libomp", "libiomp")
 
 
 class _Job(ctypes.Structure):
@@ -67,7 +69,7 @@ class NativeKernels(TorchKernels):
         super().__init__(products)
         self._library = library.functions
         self._scratch: dict[str, torch.Tensor] = {}
-        parallel = _gomp_parallel()
+        parallel = gomp_parallel()
         if parallel is None and threads > 1:
             raise NotNative("the OpenMP that torch runs on has no GOMP_parallel")
         self._library.myna_threads(ctypes.c_void_p(parallel), threads)
@@ -245,14 +247,41 @@ class NativeKernels(TorchKernels):
         sums: torch.Tensor,
         row_scale: torch.Tensor,
         column_scale: torch.Tensor | None,
-        low: torch.Tensor | None,
+        low: LowRankTerm | None,
         bias: torch.Tensor | None,
         dtype: torch.dtype,
     ) -> torch.Tensor:
         y = torch.empty(sums.shape, dtype=dtype)
-        added = (None, 0) if low is None else (low, low.stride(0))
-        self._call("myna_dequantize", y, sums, row_scale, column_scale, *added, bias, y, *y.shape)
+        added: tuple[Any, ...] = (None, 0, None, 0, 0, None, 0, None)
+        if low is not None:
+            h, m = _rows(low.h_TR), _rows(low.m_RN)
+            panels = self._room("panels", len(m), _whole_vectors(m.shape[1]))
+            added = (h, h.stride(0), m, m.stride(0), len(m), low.blocks_B4, len(low.blocks_B4), panels)
+        self._call("myna_dequantize", y, sums, row_scale, column_scale, bias, *added, y, *y.shape)
         return y
+
+    def low_rank(self, x: torch.Tensor, m: torch.Tensor, out: torch.Tensor) -> None:
+        x, m = _rows(x), _rows(m)
+        assert m.dtype == out.dtype == x.dtype
+        panels = self._room("panels", len(m), _whole_vectors(m.shape[1]))
+        strides = (x, x.stride(0), m, m.stride(0), panels, out, out.stride(0))
+        self._call("myna_low_rank", x, *strides, *x.shape, m.shape[1])
+
+    def add_outer(self, g: torch.Tensor, x: torch.Tensor, into: Sequence[torch.Tensor], scale: float) -> None:
+        if any(rows.dtype != torch.float32 for rows in into):
+            super().add_outer(g, x, into, scale)
+            return
+        assert g.dtype == x.dtype and all(rows.stride(1) == 1 for rows in into)
+        turned, starts = 0, [into[0].data_ptr()]
+        if len(into) == 1 and x.shape[1] < g.shape[1]:  # the narrow one first, the answer written turned
+            g, x, turned = x, g, into[0].stride(0)
+        else:
+            starts = [rows.data_ptr() + 4 * rows.stride(0) * n for rows in into for n in range(len(rows))]
+        g, x = _rows(g), _rows(x)
+        wide = self._room("wide", len(g), _whole_vectors(g.shape[1]))
+        pointers = (ctypes.c_void_p * len(starts))(*starts)
+        more = (wide, pointers, turned, float(scale), len(g), g.shape[1], x.shape[1])
+        self._call("myna_add_outer", x, g, g.stride(0), x, x.stride(0), *more)
 
     def loss_back(
         self, logits: torch.Tensor, targets: torch.Tensor, softcap: float | None, scale: float = 1.0
@@ -279,6 +308,11 @@ def _c_value(value: Any) -> Any:
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """x with its columns side by side; rows may have any stride."""
     return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _whole_vectors(count: int) -> int:
+    """As many floats as the widest vectors that hold `count`."""
+    return -(-count // WIDEST_VECTOR) * WIDEST_VECTOR
 
 
 def _fits(spec: AttentionSpec) -> bool:
@@ -315,18 +349,3 @@ def load_library(path: Path, compiler: str) -> NativeLibrary:
     except OSError as error:
         raise NotNative(f"{path} does not load: {error}") from error
     return NativeLibrary(path, compiler, functions)
-
-
-def _gomp_parallel() -> int | None:
-    """The address of GOMP_parallel in the OpenMP library that torch has loaded into this process."""
-    maps = Path("/proc/self/maps")
-    if not maps.is_file():
-        return None
-    paths = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if "/" in line}
-    candidates = sorted(p for p in paths if Path(p).name.startswith(OPENMP_NAMES))
-    ours = Path(torch.__file__).parent
-    for path in sorted(candidates, key=lambda p: not Path(p).is_relative_to(ours)):
-        function = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
-        if function is not None:
-            return ctypes.cast(function, ctypes.c_void_p).value
-    return None

@@ -6,7 +6,7 @@ window, a cap, grouped heads. Under 50 ms. The draws are from a generator of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,12 +15,17 @@ import torch
 from myna.data.packing import Batch, Segment
 from myna.engine.compiler import NotNative
 from myna.engine.dropout import PackMasks
-from myna.engine.kernels import ActivationName, AttentionSpec, Kernels, Norm, Rope, TorchKernels
+from myna.engine.kernels import ActivationName, AttentionSpec, Kernels, LowRankTerm, Norm, Rope, TorchKernels
 from myna.engine.layout import PackLayout, plan_layout
 
 TOLERANCE: Final = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # |difference| over |what torch says|, norms
 ROWS: Final = 9
 WIDTH: Final = 75  # four vectors of 16 and some
+# The low-rank products take 16 rows, 64 tokens, 128 columns at a time and up to 48 ranks: more than one of each, and a rest.
+MANY_ROWS: Final = 69
+LONG: Final = 133
+NARROW: Final = (5, 53)
+BLOCKS: Final = ((0, 7, 0, 3), (20, 49, 3, 9), (49, 75, 9, 21))  # from column, to column, from rank, to rank
 SEGMENTS: Final = (Segment(0, 41), Segment(41, 6, 0), Segment(47, 37, 0), Segment(84, 3, 2), Segment(87, 80))
 DOCUMENTS: Final = ((0, 1), (0, 2), (0, 2, 3), (4,))
 NUM_TOKENS: Final = 167
@@ -97,15 +102,31 @@ def _gates(kernels: Kernels, draw: Draw) -> Answers:
 
 
 def _int8(kernels: Kernels, draw: Draw) -> Answers:
-    x, low, bias = draw.typed(ROWS, WIDTH), draw.typed(ROWS, WIDTH), draw.typed(WIDTH)
+    x, bias = draw.typed(ROWS, WIDTH), draw.typed(WIDTH)
     for fold in (None, draw.exact(WIDTH)):
         quants, scale = kernels.quantize_rows(x, fold)
         yield "quantize_rows", quants * scale[:, None]
         yield "the scales of quantize_rows", scale
     sums = torch.randint(-9_999, 9_999, (ROWS, WIDTH), generator=draw.generator, dtype=torch.int32)
     row, column = draw.exact(ROWS) / 1_000, draw.exact(WIDTH)
-    yield "dequantize", kernels.dequantize(sums, row, column, low, bias, draw.dtype)
     yield "dequantize by rows alone", kernels.dequantize(sums, row, None, None, None, draw.dtype)
+    for name, blocks in {"dequantize": BLOCKS, "dequantize with one block": BLOCKS[:1]}.items():
+        term = low_rank_term(draw, ROWS, WIDTH, blocks)
+        yield name, kernels.dequantize(sums, row, column, term, bias, draw.dtype)
+
+
+def _low_ranks(kernels: Kernels, draw: Draw) -> Answers:
+    for ranks in NARROW:
+        x, m, out = draw.typed(MANY_ROWS, LONG), draw.typed(LONG, ranks), draw.room(MANY_ROWS, ranks)
+        kernels.low_rank(x, m, out)
+        yield f"low_rank of {ranks}", out
+        g = draw.typed(MANY_ROWS, ranks)
+        into = torch.ones(ranks, LONG)
+        kernels.add_outer(g, x, into.split(2), 0.7)
+        yield f"add_outer of {ranks}", into
+        turned = torch.ones(LONG, ranks)
+        kernels.add_outer(x, g, [turned], 0.7)
+        yield f"add_outer of {ranks}, turned", turned
 
 
 def _drops(kernels: Kernels, draw: Draw) -> Answers:
@@ -143,11 +164,23 @@ def _attentions(kernels: Kernels, draw: Draw) -> Answers:
 WORK: Final[tuple[Callable[[Kernels, Draw], Answers], ...]] = (
     _norms,
     _gates,
+    _low_ranks,
     _drops,
     _int8,
     _losses,
     _attentions,
 )
+
+
+def low_rank_term(
+    draw: Draw, rows: int, width: int, blocks: Sequence[tuple[int, int, int, int]]
+) -> LowRankTerm:
+    """Random h and m, m zero outside of its blocks: (from column, to column, from rank, to rank)."""
+    h, whole = draw.typed(rows, blocks[-1][3]), draw.typed(blocks[-1][3], width)
+    m = torch.zeros_like(whole)
+    for start, stop, first, last in blocks:
+        m[first:last, start:stop] = whole[first:last, start:stop]
+    return LowRankTerm(h, m, torch.tensor(blocks))
 
 
 def attend(kernels: Kernels, draw: Draw, spec: AttentionSpec, layout: PackLayout, name: str) -> Answers:

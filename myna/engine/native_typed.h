@@ -308,39 +308,6 @@ void NAME(myna_quantize_rows)(const TYPE *x, int64_t ldx, const float *fold, int
     for_pieces(NAME(quantize_piece), &job, (T + 3) / 4);
 }
 
-typedef struct {
-    const int32_t *sums;
-    const float *row, *column;
-    const TYPE *low, *bias;
-    TYPE *out;
-    int64_t T, n, ldl;
-} NAME(dequantize_job);
-
-static void NAME(dequantize_piece)(void *job, int64_t piece) {
-    const NAME(dequantize_job) *a = job;
-    int64_t end = MIN(a->T, (piece + 1) * 4);
-    for (int64_t t = piece * 4; t < end; t++) {
-        const int32_t *sums = a->sums + t * a->n;
-        float row = a->row[t];
-        EACH(i, m, a->n) {
-            vi s = (vi){};
-            if (m == VW) s = *(const viu *)(sums + i);
-            else memcpy(&s, sums + i, m * 4);
-            vf y = __builtin_convertvector(s, vf) * row;
-            if (a->column) y *= GETF(a->column + i, m);
-            if (a->low) y += GET(a->low + t * a->ldl + i, m);
-            if (a->bias) y += GET(a->bias + i, m);
-            PUT(a->out + t * a->n + i, y, m);
-        }
-    }
-}
-
-void NAME(myna_dequantize)(const int32_t *sums, const float *row, const float *column, const TYPE *low, int64_t ldl,
-                           const TYPE *bias, TYPE *out, int64_t T, int64_t n) {
-    NAME(dequantize_job) job = {sums, row, column, low, bias, out, T, n, ldl};
-    for_pieces(NAME(dequantize_piece), &job, (T + 3) / 4);
-}
-
 /* ---- the loss: a row of logits becomes the gradient of -log softmax(row)[target], in place ---- */
 
 typedef struct {
@@ -393,6 +360,8 @@ void NAME(myna_loss)(TYPE *logits, int64_t ld, const int64_t *targets, float *lo
     NAME(loss_job) job = {logits, targets, loss, V, ld, softcap};
     for_pieces(NAME(loss_piece), &job, N);
 }
+
+#include "native_low_rank.h"
 
 #undef GET
 #undef PUT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 # spin on, made a step several times slower beside one busy process; not to spin at all made it a quarter slower on a
 # quiet machine and llama.cpp half as fast. It is read when torch is loaded, so the command line sets it first of all.
 BRIEF_SPIN = {"GOMP_SPINCOUNT": "1000"}
+OPENMP_NAMES = ("libgomp", "libomp", "libiomp")
 
 
 def usable_cores() -> int:
@@ -33,3 +35,20 @@ def fast_in_bfloat16(cpuinfo: str | None = None) -> bool:
         info = Path("/proc/cpuinfo")
         cpuinfo = info.read_text() if info.is_file() else ""
     return "amx_bf16" in cpuinfo or ("avx512_bf16" in cpuinfo and "GenuineIntel" not in cpuinfo)
+
+
+def gomp_parallel() -> int | None:
+    """The address of GOMP_parallel in the OpenMP library that torch has loaded into this process, if it has one."""
+    import torch
+
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        return None
+    paths = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if "/" in line}
+    candidates = sorted(p for p in paths if Path(p).name.startswith(OPENMP_NAMES))
+    ours = Path(torch.__file__).parent
+    for path in sorted(candidates, key=lambda p: not Path(p).is_relative_to(ours)):
+        function = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
+        if function is not None:
+            return ctypes.cast(function, ctypes.c_void_p).value
+    return None
