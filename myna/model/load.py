@@ -85,7 +85,9 @@ def files_read() -> Iterator[None]:
     from transformers import modeling_utils
 
     mapped = getattr(modeling_utils, "safe_open", None)
-    if mapped is None:  # another transformers opens them elsewhere: then they are mapped, which takes more and no less
+    if (
+        mapped is None
+    ):  # another transformers opens them elsewhere: then they are mapped, which takes more and no less
         yield
         return
     modeling_utils.safe_open = functools.partial(_read, mapped)
