@@ -11,7 +11,8 @@ from typing import Any, Final
 from myna.doctor import Report
 from myna.engine.compiler import NotNative
 from myna.engine.estimate import BaseShape, estimate_memory
-from myna.engine.native import load_native, native_library
+from myna.engine.native import load_native
+from myna.engine.native_library import native_library
 from myna.engine.peaks import copy_bandwidth, product_peak
 from myna.engine.threads import fast_in_bfloat16, usable_cores
 from myna.errors import MachineError

@@ -12,13 +12,14 @@ import torch
 
 import myna.engine.decoder
 import myna.engine.families
-import myna.engine.kernels
 import myna.engine.lora
+import myna.engine.plain_attention
 import myna.engine.step
 from myna.data.packing import Batch, Segment
-from myna.engine.kernels import Kernels, TorchKernels
+from myna.engine.kernels import Kernels
 from myna.engine.lora import LoraGroup
 from myna.engine.step import FastStepper
+from myna.engine.torch_kernels import TorchKernels
 
 Patch = pytest.MonkeyPatch
 Plant = Callable[[Patch], None]
@@ -236,7 +237,7 @@ PLANTED: dict[str, tuple[str, Plant]] = {
     ),
     "neighbours are turned instead of halves": (
         "llama",
-        wrapped(myna.engine.kernels, "_rotate", turned_in_pairs),
+        wrapped(myna.engine.plain_attention, "_rotate", turned_in_pairs),
     ),
     "Gemma's norms do not add one": (
         "gemma",

@@ -28,8 +28,9 @@ from myna.doctor_bench import (
 from myna.engine import native, peaks
 from myna.engine.decoder import FastDecoder
 from myna.engine.estimate import BaseShape
-from myna.engine.kernels import TorchKernels
+from myna.engine.native_library import native_library
 from myna.engine.peaks import copy_bandwidth, product_peak
+from myna.engine.torch_kernels import TorchKernels
 from myna.errors import MachineError
 from myna.machine import Finding
 
@@ -124,7 +125,7 @@ def test_findings_of_a_bench_take_the_place_of_what_was_known() -> None:
 @pytest.fixture
 def forgotten() -> Iterator[None]:
     """As in a process that has not loaded the kernels yet."""
-    caches = (native.native_library, native._try_once)
+    caches = (native_library, native._try_once)
     for cached in caches:
         cached.cache_clear()
     yield

@@ -22,10 +22,10 @@ from myna.adapters.files import load_adapter
 from myna.adapters.methods import trainable_parameters
 from myna.data.packing import Batch, collate
 from myna.engine.dropout import DropoutMask, PackMasks
-from myna.engine.kernels import TorchKernels
 from myna.engine.lora import LoraGroup
 from myna.engine.products import WideProducts
 from myna.engine.step import FastStepper, KernelsName, make_stepper
+from myna.engine.torch_kernels import TorchKernels
 from myna.errors import Interrupted
 from myna.model.load import load_base
 from myna.pipeline import train_stage

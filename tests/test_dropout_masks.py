@@ -11,7 +11,7 @@ import torch
 
 import myna.engine.dropout
 from myna.engine.dropout import PackMasks
-from myna.engine.kernels import TorchKernels
+from myna.engine.torch_kernels import TorchKernels
 
 RATE = 0.3
 DRAW = (42, 3, 1)

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 
 import myna.engine.loss
 from myna.data.packing import Batch, Segment, collate
-from myna.engine.kernels import TorchKernels
 from myna.engine.layout import plan_layout
 from myna.engine.loss import chunk_tokens, target_loss
 from myna.engine.optim import default_learning_rate, lr_at
 from myna.engine.step import KernelsName, make_stepper, round_up
 from myna.engine.threads import usable_cores
+from myna.engine.torch_kernels import TorchKernels
 from myna.recipe import TrainSettings
 
 LARGE_VOCABULARY = 128_256  # Llama 3's

@@ -12,9 +12,10 @@ from exactness import ORDER_BOUND, PATH_BOUND, adapted, related_examples, requir
 import myna.engine.flex
 from myna.data.packing import collate
 from myna.engine.flex import FlexKernels
-from myna.engine.kernels import Rope, TorchKernels
+from myna.engine.kernels import Rope
 from myna.engine.layout import plan_layout
 from myna.engine.native_check import attention_spec, small_pack
+from myna.engine.torch_kernels import TorchKernels
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

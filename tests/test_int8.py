@@ -19,8 +19,9 @@ from myna.engine.frozen import (
     quantize_weight,
     smoothing,
 )
-from myna.engine.kernels import Kernels, TorchKernels
+from myna.engine.kernels import Kernels
 from myna.engine.step import FastStepper, KernelsName, make_stepper, round_up
+from myna.engine.torch_kernels import TorchKernels
 
 NUM_IN, NUM_OUT, RANK, TOKENS = 576, 320, 8, 70
 # forward and backward: what smoothing takes from the outliers of x it lays on the weight's, which the backward sees

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from myna.data.packing import collate
-from myna.engine.kernels import ActivationName, AttentionSpec, Kernels, LowRankTerm, Norm, Rope, TorchKernels
+from myna.engine.kernels import ActivationName, AttentionSpec, Kernels, LowRankTerm, Norm, Rope
 from myna.engine.layout import plan_layout
 from myna.engine.step import KernelsName, best_kernels
+from myna.engine.torch_kernels import TorchKernels
 
 # one rounding of the result and the sums' own: what a float32 or bfloat16 answer may be off by, by norm
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 4e-3}

@@ -13,9 +13,10 @@ from exactness import PATH_BOUND, adapted, examples, require_same
 from myna.adapters.methods import trainable_parameters
 from myna.data.packing import collate
 from myna.engine.frozen import FrozenWeight
-from myna.engine.kernels import Kernels, TorchKernels
+from myna.engine.kernels import Kernels
 from myna.engine.lora import LoraGroup
 from myna.engine.step import FastStepper, KernelsName, Stepper, make_stepper
+from myna.engine.torch_kernels import TorchKernels
 
 SUBSETS = [
     ("llama-bias", ["q_proj", "v_proj"]),

@@ -20,10 +20,10 @@ import myna.engine.scaling
 import myna.train
 from myna.adapters.methods import trainable_parameters
 from myna.data.packing import collate
-from myna.engine.kernels import TorchKernels
 from myna.engine.loss import target_loss
 from myna.engine.scaling import LossScale, loss_scale_of, mean_loss
 from myna.engine.step import KernelsName, PathName, make_stepper
+from myna.engine.torch_kernels import TorchKernels
 from myna.errors import CheckFailed, Interrupted
 from myna.pipeline import train_stage
 from myna.plan import read_plan

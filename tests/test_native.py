@@ -16,9 +16,9 @@ import torch
 from myna.data.packing import Batch, Segment
 from myna.engine import native, native_check
 from myna.engine.compiler import COMPILERS, FLAGS, SOURCE_FOLDER, SOURCES, NotNative
-from myna.engine.kernels import Kernels, TorchKernels
+from myna.engine.kernels import Kernels
 from myna.engine.layout import plan_layout
-from myna.engine.native import NativeKernels, load_library, load_native
+from myna.engine.native import NativeKernels, load_native
 from myna.engine.native_check import (
     TOLERANCE,
     WORK,
@@ -28,7 +28,9 @@ from myna.engine.native_check import (
     check_native,
     compared,
 )
+from myna.engine.native_library import NativeLibrary, load_library, native_library
 from myna.engine.step import best_kernels
+from myna.engine.torch_kernels import TorchKernels
 
 COMPILER = next((name for name in COMPILERS if shutil.which(name)), None)
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler here")
@@ -44,7 +46,7 @@ BUILDS = [
 ]
 
 
-def build(folder: Path, compiler: str, *flags: str, sources: Path = SOURCE_FOLDER) -> native.NativeLibrary:
+def build(folder: Path, compiler: str, *flags: str, sources: Path = SOURCE_FOLDER) -> NativeLibrary:
     made = folder / "kernels.so"
     command = [
         compiler,
@@ -62,17 +64,17 @@ def build(folder: Path, compiler: str, *flags: str, sources: Path = SOURCE_FOLDE
 
 
 @pytest.fixture(scope="module", params=BUILDS)
-def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> native.NativeLibrary:
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NativeLibrary:
     compiler, march = request.param
     if march == "x86-64-v3" and "avx2" not in CPU_FLAGS:
         pytest.skip("these cores have no AVX2")
     if march == "native" and compiler == COMPILER:
-        return native.native_library()
+        return native_library()
     return build(tmp_path_factory.mktemp("build"), compiler, f"-march={march}")
 
 
 @pytest.fixture(scope="module")
-def kernels(library: native.NativeLibrary) -> NativeKernels:
+def kernels(library: NativeLibrary) -> NativeKernels:
     return NativeKernels(library, 1)
 
 
@@ -123,7 +125,7 @@ def pack(*segments: Segment, documents: tuple[tuple[int, ...], ...]) -> Batch:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_bytes_do_not_depend_on_the_threads(library: native.NativeLibrary, dtype: torch.dtype) -> None:
+def test_the_bytes_do_not_depend_on_the_threads(library: NativeLibrary, dtype: torch.dtype) -> None:
     answers = []
     for threads in (1, 3):
         try:
@@ -220,7 +222,7 @@ def test_the_self_test_leaves_the_random_state_alone() -> None:
 @pytest.fixture
 def forgotten() -> Iterator[None]:
     """As in a process that has not loaded the kernels yet."""
-    caches = (native.native_library, native._try_once)
+    caches = (native_library, native._try_once)
     for cached in caches:
         cached.cache_clear()
     yield

@@ -7,10 +7,21 @@ import torch
 
 from myna.engine.compiler import NotNative
 from myna.engine.dropout import PackMasks
-from myna.engine.kernels import ActivationName, Kernels, Rope, TorchKernels
+from myna.engine.kernels import ActivationName, Kernels, Rope
 from myna.engine.layout import plan_layout
-from myna.engine.native import NativeKernels, native_library
-from myna.engine.native_check import DOCUMENTS, NUM_TOKENS, ROWS, WIDTH, Draw, attention_spec, small_pack
+from myna.engine.native import NativeKernels
+from myna.engine.native_check import (
+    DOCUMENTS,
+    NUM_TOKENS,
+    ROWS,
+    WIDTH,
+    Draw,
+    attention_spec,
+    low_rank_term,
+    small_pack,
+)
+from myna.engine.native_library import native_library
+from myna.engine.torch_kernels import TorchKernels
 
 SPOILED_ROW = 3
 
@@ -108,12 +119,22 @@ def test_int8_rows(kernels: Kernels, draw: Draw, bad: float, column: int, fold: 
 
 def test_dequantize(kernels: Kernels, draw: Draw, bad: float, column: int) -> None:
     sums = torch.randint(-99, 99, (ROWS, WIDTH), generator=draw.generator, dtype=torch.int32)
-    low, bias = draw.typed(ROWS, WIDTH), draw.typed(WIDTH)
-    low[SPOILED_ROW, column] = bad
+    low, bias = low_rank_term(draw, ROWS, WIDTH, [(0, WIDTH, 0, 6)]), draw.typed(WIDTH)
+    low.h_TR[SPOILED_ROW, column % 6] = bad
     assert_spoiled(kernels.dequantize(sums, draw.exact(ROWS), draw.exact(WIDTH), low, bias, draw.dtype))
-    low[SPOILED_ROW, column], bias[column] = 0, bad
+    low.h_TR[SPOILED_ROW, column % 6], bias[column] = 0, bad
     answer = kernels.dequantize(sums, draw.exact(ROWS), None, low, bias, draw.dtype)
     assert answer.isfinite().all(0).logical_not().nonzero().flatten().tolist() == [column]
+
+
+def test_low_rank_products(kernels: Kernels, draw: Draw, bad: float, column: int) -> None:
+    x, m, out = draw.typed(ROWS, WIDTH), draw.typed(WIDTH, 6), draw.room(ROWS, 6)
+    x[SPOILED_ROW, column] = bad
+    kernels.low_rank(x, m, out)
+    assert_spoiled(out)
+    into = torch.zeros(6, WIDTH)
+    kernels.add_outer(draw.typed(ROWS, 6), x, [into], 1.0)
+    assert into.isfinite().all(0).logical_not().nonzero().flatten().tolist() == [column]
 
 
 @pytest.mark.parametrize("softcap", [None, 4.0])

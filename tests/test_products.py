@@ -9,11 +9,11 @@ from exactness import adapted, distance, examples, fast_answer
 
 import myna.engine.products as products_module
 from myna.data.packing import collate
-from myna.engine.kernels import TorchKernels
 from myna.engine.native import NativeKernels
 from myna.engine.products import PlainProducts, WideProducts
 from myna.engine.step import choose_kernels
 from myna.engine.threads import fast_in_bfloat16
+from myna.engine.torch_kernels import TorchKernels
 
 T, K, N = 7, 24, 40
 NARROW = (torch.bfloat16, torch.float16)

@@ -15,8 +15,10 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from myna.engine.compiler import NotNative, find_compiler
-from myna.engine.kernels import AttentionSpec, Rope, TorchKernels, turned_heads
+from myna.engine.kernels import AttentionSpec, Rope
 from myna.engine.layout import PackLayout
+from myna.engine.plain_attention import turned_heads
+from myna.engine.torch_kernels import TorchKernels
 
 # what flex_attention is compiled by on a GPU
 COMPILER_PACKAGE = "triton"

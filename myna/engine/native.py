@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from myna.engine.compiler import NotNative, compiled_kernels
+from myna.engine.compiler import NotNative
 from myna.engine.dropout import DropoutMask
-from myna.engine.kernels import ActivationName, AttentionSpec, LowRankTerm, Norm, Rope, TorchKernels
+from myna.engine.kernels import ActivationName, AttentionSpec, LowRankTerm, Norm, Rope
 from myna.engine.layout import PackLayout
+from myna.engine.native_library import NativeLibrary, native_library
 from myna.engine.products import Products
 from myna.engine.threads import gomp_parallel
+from myna.engine.torch_kernels import TorchKernels
 
 WIDEST_HEAD = 1024
 WIDEST_VECTOR = 16  # floats
@@ -28,7 +29,7 @@ NO_WINDOW = 1 << 40
 
 
 class _Job(ctypes.Structure):
-    """attention_job of native.c, field by field."""
+    """attention_job of native_attention.h, field by field."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("T", "H", "KV", "D", "R")),
@@ -44,15 +45,6 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "kt", "vt", "lse", "o", "delta")),
         *((name, ctypes.c_void_p) for name in ("gq", "gk", "gv")),
     )
-
-
-@dataclass(frozen=True)
-class NativeLibrary:
-    """A compiled library and what it was compiled by."""
-
-    path: Path
-    compiler: str
-    functions: Any
 
 
 class NativeKernels(TorchKernels):
@@ -81,9 +73,7 @@ class NativeKernels(TorchKernels):
 
     def _room(self, name: str, *shape: int) -> torch.Tensor:
         """Memory kept from call to call; what is in it is not."""
-        size = 1
-        for length in shape:
-            size *= length
+        size = math.prod(shape)
         held = self._scratch.get(name)
         if held is None or held.numel() < size:
             held = self._scratch[name] = torch.empty(size)
@@ -271,7 +261,7 @@ class NativeKernels(TorchKernels):
         if any(rows.dtype != torch.float32 for rows in into):
             super().add_outer(g, x, into, scale)
             return
-        assert g.dtype == x.dtype and all(rows.stride(1) == 1 for rows in into)
+        assert g.dtype == x.dtype and all(rows.stride(1) == 1 or rows.shape[1] == 1 for rows in into)
         turned, starts = 0, [into[0].data_ptr()]
         if len(into) == 1 and x.shape[1] < g.shape[1]:  # the narrow one first, the answer written turned
             g, x, turned = x, g, into[0].stride(0)
@@ -319,9 +309,6 @@ def _fits(spec: AttentionSpec) -> bool:
     return spec.head_dim % 16 == 0 and spec.head_dim <= WIDEST_HEAD and spec.rotary_dim % 2 == 0
 
 
-# Loading
-
-
 def load_native(threads: int, products: Products | None = None) -> NativeKernels:
     """The C kernels, compiled where they are not yet, tried before first use. NotNative says why they cannot be had."""
     _try_once(threads)
@@ -333,19 +320,3 @@ def _try_once(threads: int) -> None:
     from myna.engine.native_check import check_native
 
     check_native(NativeKernels(native_library(), threads))
-
-
-@functools.cache
-def native_library() -> NativeLibrary:
-    """The compiled library, loaded into this process."""
-    made = compiled_kernels()
-    return load_library(made.path, made.compiler)
-
-
-def load_library(path: Path, compiler: str) -> NativeLibrary:
-    """NotNative where the system refuses the file."""
-    try:
-        functions = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise NotNative(f"{path} does not load: {error}") from error
-    return NativeLibrary(path, compiler, functions)

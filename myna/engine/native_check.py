@@ -15,8 +15,9 @@ import torch
 from myna.data.packing import Batch, Segment
 from myna.engine.compiler import NotNative
 from myna.engine.dropout import PackMasks
-from myna.engine.kernels import ActivationName, AttentionSpec, Kernels, LowRankTerm, Norm, Rope, TorchKernels
+from myna.engine.kernels import ActivationName, AttentionSpec, Kernels, LowRankTerm, Norm, Rope
 from myna.engine.layout import PackLayout, plan_layout
+from myna.engine.torch_kernels import TorchKernels
 
 TOLERANCE: Final = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # |difference| over |what torch says|, norms
 ROWS: Final = 9

@@ -22,10 +22,11 @@ from myna.engine.decoder import FastDecoder
 from myna.engine.families import FAST
 from myna.engine.flex import FlexKernels, flex_missing
 from myna.engine.kept import InputPlace
-from myna.engine.kernels import Kernels, TorchKernels
+from myna.engine.kernels import Kernels
 from myna.engine.native import load_native
 from myna.engine.products import PlainProducts, WideProducts
 from myna.engine.threads import usable_cores
+from myna.engine.torch_kernels import TorchKernels
 from myna.recipe import AdapterSettings
 
 PathName = Literal["fast", "reference"]
