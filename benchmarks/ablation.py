@@ -26,7 +26,7 @@ from _children import run_child  # noqa: E402
 from _laps import BASE, BATCH_SIZE, MAX_LENGTH  # noqa: E402
 from _machine import RESULTS_DIR, commit, load_average, machine, say, shown_command, today, versions  # noqa: E402
 
-from myna.engine.threads import BRIEF_SPIN, usable_cores  # noqa: E402
+from myna.engine.threads import BRIEF_SPIN, fast_in_bfloat16, usable_cores  # noqa: E402
 
 NUM_WARM = 2
 
@@ -47,6 +47,9 @@ def _variant(description: str, variables: Mapping[str, str] | None = None, **cha
 VARIANTS: Mapping[str, Variant] = {
     "shipped": _variant("as shipped: bf16, C kernels"),
     "torch": _variant("no C compiler: torch kernels", kernels="torch"),
+    "narrow": _variant("bf16 products as torch has them", widen=False),
+    "wide": _variant("bf16 weights multiplied in fp32", widen=True),
+    "dropout": _variant("LoRA dropout 0.05", dropout=0.05, share=False),
     "unshared": _variant("shared beginnings computed in every row", share=False),
     "unpacked": _variant("every row a pack of its own", unpacked=True),
     "ungrouped": _variant(
@@ -69,6 +72,7 @@ class Lap:
     """Settings of one measured lap, in the process that runs it."""
 
     kernels: str = "native"
+    widen: bool = not fast_in_bfloat16()
     path: str = "fast"
     share: bool = True
     unpacked: bool = False
@@ -78,6 +82,7 @@ class Lap:
     trimmed: bool = False
     checkpoint_layers: int = 0
     int8: bool = False
+    dropout: float = 0.0
 
 
 def main() -> None:
@@ -145,13 +150,13 @@ def run_lap(lap: Lap, arguments: argparse.Namespace) -> dict[str, float]:
     if lap.all_targets:
         examples = [replace(example, labels_T=example.input_ids_T) for example in examples]
     model = load_base(base.folder, "bf16")
-    model = add_adapter(model, AdapterSettings(r=16, alpha=16), seed=0, base_name=BASE)
+    model = add_adapter(model, AdapterSettings(r=16, alpha=16, dropout=lap.dropout), seed=0, base_name=BASE)
     adapter = flatten_adapter(trainable_parameters(model), TrainSettings(learning_rate=2e-4))
     steps = [examples[n * BATCH_SIZE :][:BATCH_SIZE] for n in range(NUM_WARM + arguments.steps)]
     stepper = make_stepper(
         model,
         lap.path,  # type: ignore[arg-type]
-        kernels=choose_kernels(lap.kernels, threads),  # type: ignore[arg-type]
+        kernels=choose_kernels(lap.kernels, threads, widen=lap.widen),  # type: ignore[arg-type]
         quantize_with=collate(steps[0], share=True) if lap.int8 else None,
         checkpoint_layers=lap.checkpoint_layers,
     )
@@ -164,7 +169,8 @@ def run_lap(lap: Lap, arguments: argparse.Namespace) -> dict[str, float]:
     tokens, seconds = 0, 0.0
     for number, rows in enumerate(steps):
         packs = [[row] for row in rows] if lap.unpacked else [rows]
-        batches = [collate(pack, share=lap.share) for pack in packs]
+        draws = [(0, number, pack) if lap.dropout else None for pack in range(len(packs))]
+        batches = [collate(pack, share=lap.share, draw=draw) for pack, draw in zip(packs, draws, strict=True)]
         started = time.perf_counter()
         _step(stepper, adapter, batches, lap)
         if number >= NUM_WARM:
