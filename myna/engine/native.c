@@ -75,7 +75,7 @@ static void for_pieces(piece_fn fn, void *job, int64_t pieces) {
 
 /* ---- vectors ---- */
 
-ALWAYS vf splat(float x) { return (vf){} + x; }
+ALWAYS vf splat(float x) { return x - (vf){}; } /* 0 + x would be an addition, as it makes 0 of -0; this is none */
 ALWAYS vf vmax(vf a, vf b) { vi m = a > b; return (vf)(((vi)a & m) | ((vi)b & ~m)); }
 ALWAYS vf vmin(vf a, vf b) { vi m = a < b; return (vf)(((vi)a & m) | ((vi)b & ~m)); }
 ALWAYS vf choose(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }

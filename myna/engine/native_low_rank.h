@@ -22,7 +22,7 @@
             vf b[NV];                                                                                               \
             for (int v = 0; v < NV; v++) b[v] = load_f(panel + (i * NV + v) * VW);                                  \
             for (int r = 0; r < NR; r++) {                                                                          \
-                vf x = a[r * row + i * step] - (vf){}; /* no addition, as 0 + a would be: that makes 0 of -0 */    \
+                vf x = splat(a[r * row + i * step]);                                                                \
                 for (int v = 0; v < NV; v++) acc[r][v] += x * b[v];                                                 \
             }                                                                                                       \
         }                                                                                                           \
