@@ -83,8 +83,9 @@ def run_race(arguments: argparse.Namespace, scratch: Path) -> Race:
         for variant in in_turn(myna, peers):
             quiet[variant.name].append(told(variant.name, run_lap(variant)))
         peaks.append(float_peak())
-    # Myna's laps measure the peak themselves as well, and the highest is the nearest to what the CPU can do
-    peaks += [lap.product_peak for lap in chain.from_iterable(quiet.values()) if lap.product_peak]
+    # Myna's laps measure it themselves as well (int8's is another): the highest is the nearest to what the CPU can do
+    in_float = chain.from_iterable(quiet[variant.name] for variant in myna if variant.quantize == "none")
+    peaks += [lap.product_peak for lap in in_float if lap.product_peak]
     race = Race(workload_name(arguments), myna, peers, quiet, fresh_mb, max(peaks))
     beside = beside_rounds(race, arguments.repeats, run_lap) if arguments.neighbour else {}
     curves: dict[str, list[Lap]] = {}

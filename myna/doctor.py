@@ -18,7 +18,15 @@ from myna.model.sources import PACKAGED, packaged_gguf_path
 
 # Where Myna is run from its sources there is no list of requirements to read: these are what nothing works without.
 CORE: Final = ("torch", "transformers", "peft", "tokenizers", "safetensors", "gguf", "xllamacpp")
-SETTINGS: Final = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "MYNA_CACHE", "HF_HOME", "HF_HUB_OFFLINE")
+SETTINGS: Final = (
+    "OMP_WAIT_POLICY",
+    "OMP_NUM_THREADS",
+    "MYNA_KERNELS",
+    "MYNA_CACHE",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+)
+KERNELS: Final = ("native", "torch", "flex")
 
 
 @dataclass(frozen=True)
@@ -185,6 +193,10 @@ def _settings() -> Iterator[Finding]:
     if given.get("OMP_WAIT_POLICY", "").lower() == "active":
         text = "OMP_WAIT_POLICY=ACTIVE: one busy neighbour makes a step several times slower"
         yield Finding("settings:wait", "warn", text, None, "unset OMP_WAIT_POLICY")
+    kernels = given.get("MYNA_KERNELS", "")
+    if kernels and kernels not in KERNELS:
+        text = f"MYNA_KERNELS={kernels}: `myna train` refuses it; it is {', '.join(KERNELS)}, or not set"
+        yield Finding("settings:kernels", "warn", text, None, "unset MYNA_KERNELS")
     threads = given.get("OMP_NUM_THREADS", "")
     if threads.isdigit() and int(threads) > usable_cores():
         text = f"OMP_NUM_THREADS={threads} is more than the {usable_cores()} cores that may be used"

@@ -17,7 +17,7 @@ from myna.engine.peaks import copy_bandwidth, product_peak
 from myna.engine.threads import fast_in_bfloat16, usable_cores
 from myna.errors import MachineError
 from myna.machine import Finding, gigabytes, memory_room, no_kernels
-from myna.plan import MEMORY_SHARE
+from myna.plan import MEMORY_SHARE, cpu_dtype
 
 # The share of a product's peak that a training step reaches, as measured on the packaged model: SmolLM2-135M, LoRA r 16,
 # packs of chat rows, the C kernels, two cores of an AMD EPYC with AVX512-BF16 and VNNI. That of int8 is of the int8 peak.
@@ -108,13 +108,16 @@ def measure(name: str, work: Callable[[], float]) -> Finding:
 
 def expectations(peaks: dict[str, float | None], *, has_kernels: bool) -> tuple[Expectation, ...]:
     """For every size, with the base in the format that `myna train` takes by default here, and in int8."""
-    plain = "bf16" if fast_in_bfloat16() else "fp32"
-    room = MEMORY_SHARE * memory_room()[1]
-    return tuple(
-        expect(model, base, plain, peaks[base], room, has_kernels=has_kernels)
-        for model in SHAPES
-        for base in (plain, "int8")
-    )
+    total = memory_room()[1]
+    found = []
+    fast_bf16 = fast_in_bfloat16()
+    for model, shape in SHAPES.items():
+        plain = cpu_dtype(shape, fast_bf16=fast_bf16, total_memory_mb=total / 1e6)
+        for base in (plain, "int8"):
+            # where bf16 is the slower format it is multiplied in fp32
+            peak = peaks["fp32" if base == "bf16" and not fast_bf16 else base]
+            found.append(expect(model, base, plain, peak, MEMORY_SHARE * total, has_kernels=has_kernels))
+    return tuple(found)
 
 
 def expect(
@@ -156,7 +159,7 @@ def flops_a_token(shape: BaseShape, rank: int = RANK, target_share: float = TARG
 def as_table(bench: Bench) -> tuple[tuple[str, ...], list[tuple[str, ...]], str]:
     """(heads, a row a model, a note) for a person: speed and memory with each kind of base."""
     by_model = {model: [e for e in bench.expectations if e.model == model] for model in SHAPES}
-    heads = [head for e in by_model[next(iter(SHAPES))] for head in (f"{e.base}, tokens/s", "memory")]
+    heads = ("by default, tokens/s", "memory", "int8, tokens/s", "memory")
     rows = [(m, *(cell for e in own for cell in (_speed(e), _room(e)))) for m, own in by_model.items()]
     kernels = next(finding for finding in bench.findings if finding.name == "kernels")
     without = "" if kernels.status == "ok" else "; with the C kernels: without them it is slower"
@@ -168,8 +171,10 @@ def as_table(bench: Bench) -> tuple[tuple[str, ...], list[tuple[str, ...]], str]
 
 
 def _speed(expectation: Expectation) -> str:
-    return "–" if expectation.tokens_per_s is None else f"{expectation.tokens_per_s:,.0f}"
+    if expectation.tokens_per_s is None:
+        return "–"
+    return f"{expectation.tokens_per_s:,.0f}" + ("" if expectation.base == "int8" else f" {expectation.base}")
 
 
 def _room(expectation: Expectation) -> str:
-    return gigabytes(expectation.memory_bytes) + ("" if expectation.fits else ", too much here")
+    return gigabytes(expectation.memory_bytes) + ("" if expectation.fits else ", above 60 % of all")

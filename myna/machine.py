@@ -86,7 +86,11 @@ def check_abilities(cpuinfo: str) -> Finding:
     if "avx2" not in found and "neon" not in found:
         cure = "a machine with AVX2 (x86 since 2013) or NEON trains and answers several times faster"
         return Finding("abilities", "warn", "the cores have neither AVX2 nor NEON", found, cure)
-    text = f"{', '.join(found)}; training computes in {'bf16' if fast_in_bfloat16(cpuinfo) else 'fp32'} by default"
+    dtype = "bf16" if fast_in_bfloat16(cpuinfo) else "fp32"
+    why = " (these cores are slower in bf16)" if dtype == "fp32" and "avx512_bf16" in found else ""
+    dtype = "bf16" if fast_in_bfloat16(cpuinfo) else "fp32"
+    why = " (they are slower in bf16)" if dtype == "fp32" and "avx512_bf16" in found else ""
+    text = f"{', '.join(found)}; on these cores training computes in {dtype} by default{why}"
     return Finding("abilities", "ok", text, found)
 
 

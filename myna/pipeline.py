@@ -19,6 +19,7 @@ from myna.errors import Interrupted, MynaError, UsageError
 from myna.evaluate.run_files import read_metrics
 from myna.evaluate.stage import evaluate_stage
 from myna.export.stage import export_stage, merge_stage, require_types
+from myna.plan import unused_settings
 from myna.prepare import keep_trained, prepare
 from myna.recipe import Recipe, setting_lines
 from myna.run import Run, file_sha256, lock_run, read_json, run_files, write_text
@@ -66,7 +67,7 @@ def train_stage(recipe: Recipe, *, resume: bool = False, show: Show | None = Non
         if run.stage("train"):
             show.say("the adapter is trained already")
             return run
-        for sentence in prepared.plan.sentences():
+        for sentence in (*prepared.plan.sentences(), *unused_settings(prepared.recipe, prepared.plan)):
             show.say(sentence)
         with catch_signals() as stop_asked:
             for report in train(prepared, show.say, stop_asked):

@@ -13,13 +13,21 @@ from typing import Any
 
 from myna.data.packing import num_steps_an_epoch
 from myna.engine.compiler import NotNative
-from myna.engine.estimate import BYTES, base_shape, estimate_memory
+from myna.engine.estimate import BYTES, BaseShape, base_shape, estimate_memory
 from myna.engine.flex import COMPILER_PACKAGE, flex_missing
 from myna.engine.kept import PlaceName
 from myna.engine.kernels import Kernels
 from myna.engine.loss import chunk_tokens
 from myna.engine.memory import total_memory_mb
-from myna.engine.step import ROUND_TOKENS, KernelsName, PathName, best_kernels, choose_kernels, choose_path
+from myna.engine.step import (
+    ROUND_TOKENS,
+    UNPACKED,
+    KernelsName,
+    PathName,
+    best_kernels,
+    choose_kernels,
+    choose_path,
+)
 from myna.engine.threads import fast_in_bfloat16, usable_cores
 from myna.errors import MachineError, RecipeError, UsageError
 from myna.recipe import Recipe
@@ -65,7 +73,8 @@ class FrozenPlan:
         """What is said before the first step."""
         fast = self.path == "fast"
         way = "packed, fast path" if fast else f"reference path: {self.path_reason}"
-        yield f"{self.num_steps} steps in {self.dtype} on {self.device} with {self.threads} threads ({way})"
+        count = f"{self.num_steps} step{'' if self.num_steps == 1 else 's'}"
+        yield f"{count} in {self.dtype} on {self.device} with {self.threads} threads ({way})"
         if fast:
             yield {
                 "native": "kernels: C, compiled here",
@@ -73,7 +82,7 @@ class FrozenPlan:
                 "torch": f"kernels: torch's ({self.kernels_reason})",
             }[self.kernels]
         if self.widen:
-            yield f"{self.dtype} is multiplied in fp32, which this CPU does faster"
+            yield f"weights are kept in {self.dtype} and multiplied in fp32, which this CPU does faster"
         if self.quantize != "none":
             yield f"the frozen base is kept and multiplied as {self.quantize}"
         if self.checkpoint_layers:
@@ -132,7 +141,8 @@ def freeze_plan(recipe: Recipe, config: Any, lengths: Sequence[int], machine: Ma
 
     # what a CPU computes is in CPU memory
     place = "device" if (settings.checkpoint_to, machine.device) == ("cpu", "cpu") else settings.checkpoint_to
-    _refuse_place(place, settings.gradient_checkpointing, path, reason)
+    _refuse_place(settings.checkpoint_to, settings.gradient_checkpointing, path, reason)
+    widen = path == "fast" and machine.device == "cpu" and dtype != "fp32" and not machine.fast_bf16
 
     def needed_mb(checkpoint_layers: int) -> float:
         return estimate_memory(
@@ -147,6 +157,7 @@ def freeze_plan(recipe: Recipe, config: Any, lengths: Sequence[int], machine: Ma
             quantize=quantize,
             checkpoint_layers=checkpoint_layers,
             checkpoint_to=place,
+            widen=widen,
         ).total
 
     asked = settings.gradient_checkpointing
@@ -170,7 +181,7 @@ def freeze_plan(recipe: Recipe, config: Any, lengths: Sequence[int], machine: Ma
         checkpoint_layers=checkpoint_layers,
         checkpoint_to=settings.checkpoint_to if checkpoint_layers else "device",
         round_tokens=ROUND_TOKENS,
-        widen=path == "fast" and machine.device == "cpu" and dtype != "fp32" and not machine.fast_bf16,
+        widen=widen,
         head_tokens=chunk_tokens(shape.vocabulary, BYTES[dtype]),
         memory_mb=round(needed_mb(checkpoint_layers)),
         total_memory_mb=machine.total_memory_mb,
@@ -178,13 +189,17 @@ def freeze_plan(recipe: Recipe, config: Any, lengths: Sequence[int], machine: Ma
 
 
 def _best_dtype(config: Any, machine: Machine, path: PathName) -> str:
-    """bf16 where this machine is fast at it, or a base in fp32 would take most of the memory; fp16 on other GPUs."""
-    if machine.fast_bf16:
-        return "bf16"
     if machine.device != "cpu":
-        return "fp16"
-    weights_mb = base_shape(config).num_weights * BYTES["fp32"] / 1e6
-    return "bf16" if path == "fast" and weights_mb > FP32_SHARE * machine.total_memory_mb else "fp32"
+        return "bf16" if machine.fast_bf16 else "fp16"
+    if path != "fast":  # transformers would compute in bf16 what the fast path only keeps in it
+        return "bf16" if machine.fast_bf16 else "fp32"
+    return cpu_dtype(base_shape(config), fast_bf16=machine.fast_bf16, total_memory_mb=machine.total_memory_mb)
+
+
+def cpu_dtype(shape: BaseShape, *, fast_bf16: bool, total_memory_mb: float) -> str:
+    """What `model.dtype: auto` is on a CPU: bf16 where it is fast at it, or a base in fp32 would take most of the memory."""
+    weights_mb = shape.num_weights * BYTES["fp32"] / 1e6
+    return "bf16" if fast_bf16 or weights_mb > FP32_SHARE * total_memory_mb else "fp32"
 
 
 def read_plan(path: Path) -> FrozenPlan:
@@ -198,6 +213,16 @@ def read_plan(path: Path) -> FrozenPlan:
             help=f"go on with the version that run.json names under versions.myna, {NEW_RUN}",
         )
     return FrozenPlan(**stored)
+
+
+def unused_settings(recipe: Recipe, plan: FrozenPlan) -> Iterator[str]:
+    """Settings that were given and change nothing here, said before the first step."""
+    settings = recipe.train
+    if settings.max_steps is not None and settings.max_steps > plan.num_steps:
+        epochs = "1 epoch is" if settings.epochs == 1 else f"{settings.epochs} epochs are"
+        yield f"train.max_steps is {settings.max_steps}, but {epochs} {plan.num_steps} steps: train.epochs gives more"
+    if settings.checkpoint_to != "device" and not plan.checkpoint_layers:
+        yield f"train.checkpoint_to: {settings.checkpoint_to} is not used: no layer is run again in the backward"
 
 
 def longest_pack(lengths: Sequence[int], batch_size: int, pack_tokens: int, *, padded: bool) -> int:
@@ -219,16 +244,19 @@ def plan_kernels(device: str, dtype: str, path: PathName) -> tuple[KernelsName, 
         return "torch", "the reference path has no kernels of its own"
     if asked == "torch":
         return "torch", f"{KERNELS_VARIABLE}=torch"
-    name, why = best_kernels(device, dtype)
+    name, why = asked_flex(device) if asked == "flex" else best_kernels(device, dtype)
     if asked and name != asked:
-        why = (
-            flex_missing(device) if asked == "flex" else why or f"the device is {device}, they are for a CPU"
-        )
         raise MachineError(
             f"{KERNELS_VARIABLE}={asked}, but {KERNELS_WORDS[asked]} cannot be had here: {why}",
             help=f"unset {KERNELS_VARIABLE}",
         )
     return name, why
+
+
+def asked_flex(device: str) -> tuple[KernelsName, str]:
+    """Attention by block masks, or torch's kernels and why it must be these."""
+    why = flex_missing(device)
+    return ("torch", why) if why else ("flex", "")
 
 
 def planned_kernels(plan: FrozenPlan) -> Kernels:
@@ -254,7 +282,8 @@ def _refuse_int8(quantize: str, path: PathName, reason: str, device: str) -> Non
     why = f"this run takes the reference path ({reason})" if path != "fast" else f"the device is {device}"
     if quantize == "int8" and (path != "fast" or device != "cpu"):
         raise RecipeError(
-            f"model.quantize: int8 is for the fast path on a CPU; {why}", help="--set model.quantize=none"
+            f"model.quantize: int8 is for the fast path on a CPU; {why}",
+            help=_or_packed("--set model.quantize=none", reason),
         )
 
 
@@ -262,7 +291,7 @@ def _refuse_place(place: PlaceName, checkpointing: str | int, path: PathName, re
     if place != "device" and path != "fast":
         raise RecipeError(
             f"train.checkpoint_to: {place} is for the fast path; this run takes the reference path ({reason})",
-            help="--set train.checkpoint_to=device",
+            help=_or_packed("--set train.checkpoint_to=device", reason),
         )
     if place != "device" and checkpointing == "none":
         raise RecipeError(
@@ -276,5 +305,9 @@ def _refuse_groups(checkpoint_layers: int, path: PathName, reason: str) -> None:
         raise RecipeError(
             f"train.gradient_checkpointing: {checkpoint_layers} layers together are for the fast path; "
             f"this run takes the reference path ({reason})",
-            help="--set train.gradient_checkpointing=all",
+            help=_or_packed("--set train.gradient_checkpointing=all", reason),
         )
+
+
+def _or_packed(cure: str, reason: str) -> str:
+    return f"{cure}, or --set train.packed=true" if reason == UNPACKED else cure

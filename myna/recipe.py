@@ -77,7 +77,9 @@ class AdapterSettings(Section):
 
 class TrainSettings(Section):
     epochs: Annotated[int, Field(ge=1)] = Field(1, description="times through the rows")
-    max_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="stop after so many steps")
+    max_steps: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="stop after so many steps, where the epochs have more"
+    )
     max_rows: Annotated[int, Field(ge=1)] | None = Field(None, description="read so many rows of data.train")
     batch_size: Annotated[int, Field(ge=1)] = Field(8, description="rows a step")
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(

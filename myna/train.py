@@ -43,7 +43,7 @@ from myna.model.load import load_base
 from myna.model.sources import Say
 from myna.plan import FrozenPlan, longest_pack, planned_kernels
 from myna.prepare import Prepared
-from myna.run import require_room
+from myna.run import Run, require_room
 from myna.trial import FEWEST_STEPS, largest_pack, room_required, try_pack
 
 StopAsked = Callable[[], int | None]
@@ -67,7 +67,8 @@ def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) ->
     for sentence in found.said:
         say(sentence)
     peak = _product_peak(plan)
-    model, stepper, adapter = _begin(prepared)
+    with room_required(plan):
+        model, stepper, adapter = _begin(prepared)
     # adapter, its gradient's two moments, for every checkpoint kept and the one being written
     num_bytes = 4 * adapter.gradient_P.numel()
     require_room(run.path, 3 * num_bytes * (settings.keep_checkpoints + 1), "the checkpoints")
@@ -242,16 +243,31 @@ def _take_step(
     if not all_finite(loss_sum, grad_norm):
         rows = rows_at_fault(stepper, packs, batches, adapter.gradient_P, num_targets, scaling)
         raise CheckFailed(
-            f"the loss of step {step} is {loss_sum}, the norm of its gradient {grad_norm}; {rows}",
+            f"{_not_finite(step, loss_sum, grad_norm)}; {rows}",
             where=str(prepared.run.path),
-            help="look at these rows, or take a smaller train.learning_rate in a new run; "
+            help=f"look at these rows, or take a smaller train.learning_rate (this step's was {rate:.2g}) in a new run; "
             + ("fp16 holds nothing above 65,504, fp32 does (model.dtype); " if scaling else "")
-            + "the last good checkpoint is in checkpoints/",
+            + _last_good(prepared.run),
             code="loss",
         )
     adapter.step(rate)
     stepper.refresh()
     return loss_sum, grad_norm
+
+
+def _not_finite(step: int, loss: float, grad_norm: float) -> str:
+    if not all_finite(loss):  # then no gradient was made
+        return f"the loss of step {step} is {loss}"
+    return f"the norm of the gradient of step {step} is {grad_norm}, its loss {loss:.4g}"
+
+
+def _last_good(run: Run) -> str:
+    saved = sorted(path.name for path in run.checkpoints_dir.glob("step-*"))
+    return (
+        f"the last good checkpoint is checkpoints/{saved[-1]}"
+        if saved
+        else "no checkpoint had been saved yet"
+    )
 
 
 def _facts(epoch: int, scaling: LossScale | None) -> dict[str, Any]:
@@ -263,7 +279,8 @@ def _product_peak(plan: FrozenPlan) -> float | None:
     """What the machine's products reach in the format that they are done in, in FLOP/s; None off the fast path."""
     if plan.path != "fast":
         return None
-    return _measured_peak("fp32" if plan.widen else plan.dtype, plan.threads, plan.device)
+    narrow = "int8" if plan.quantize == "int8" else plan.dtype
+    return _measured_peak("fp32" if plan.widen and narrow != "int8" else narrow, plan.threads, plan.device)
 
 
 @functools.cache

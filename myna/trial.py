@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import heapq
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -20,7 +19,6 @@ from myna.model.sources import Say
 from myna.plan import NEW_RUN, FrozenPlan
 
 FEWEST_STEPS = 20  # a shorter run tells by itself soon enough, and would be a twentieth longer
-LOOKED_AT = 8  # packs with the most tokens that are laid out: rows that share a beginning make a shorter pack
 
 
 def largest_pack(
@@ -31,15 +29,23 @@ def largest_pack(
 ) -> Batch:
     """Of packs, each with its step, the one that takes the most memory, as `lay` lays it out for training.
 
-    It is judged by its tokens; off the fast path with the padding of its rows.
+    It is judged by its tokens; off the fast path with the padding of its rows. Rows that share a beginning make a shorter
+    pack than their lengths say, so packs are laid out from the largest on until no other can be longer.
     """
 
     def size(pack: Sequence[Example]) -> int:
         lengths = [len(example.input_ids_T) for example in pack]
         return sum(lengths) if fast else len(lengths) * max(lengths)
 
-    found = heapq.nlargest(LOOKED_AT if fast else 1, packs, key=lambda numbered: size(numbered[1]))
-    return max((lay(step, pack) for step, pack in found), key=lambda batch: len(batch.input_ids_T))
+    longest: Batch | None = None
+    for step, pack in sorted(packs, key=lambda numbered: -size(numbered[1])):
+        if longest is not None and (not fast or size(pack) <= len(longest.input_ids_T)):
+            break
+        batch = lay(step, pack)
+        if longest is None or len(batch.input_ids_T) > len(longest.input_ids_T):
+            longest = batch
+    assert longest is not None
+    return longest
 
 
 def try_pack(batch: Batch, stepper: Stepper, adapter: FlatAdapter, plan: FrozenPlan, say: Say) -> None:
@@ -48,12 +54,16 @@ def try_pack(batch: Batch, stepper: Stepper, adapter: FlatAdapter, plan: FrozenP
     MachineError where there is no room.
     """
     devices = [torch.cuda.current_device()] if plan.device == "cuda" else []
+    if devices:
+        torch.cuda.reset_peak_memory_stats()
     with torch.random.fork_rng(devices), room_required(plan):
         (stepper.loss(batch) / len(batch.targets_N)).backward()
     adapter.gradient_P.zero_()
     peak = torch.cuda.max_memory_allocated() / 1e6 if devices else peak_memory_mb()
     estimated = "" if plan.memory_mb is None else f" ({plan.memory_mb:,.0f} were estimated)"
-    say(f"the longest pack fits: {peak:,.0f} MB at most{estimated}")
+    say(
+        f"the longest pack fits: {'the GPU' if devices else 'this process'} held {peak:,.0f} MB at most{estimated}"
+    )
 
 
 @contextlib.contextmanager
@@ -72,7 +82,8 @@ def room_required(plan: FrozenPlan) -> Iterator[None]:
 
 
 def _cures(plan: FrozenPlan) -> Iterator[str]:
-    yield f"--set train.pack_tokens={plan.pack_tokens // 2}"
+    yield f"--set train.pack_tokens={max(1, plan.pack_tokens // 2)}, where no single row is longer"
+    yield "a smaller data.max_length (with data.cut_long=true)"
     if not plan.checkpoint_layers:
         yield "--set train.gradient_checkpointing=all"
     if plan.quantize == "none" and plan.path == "fast" and plan.device == "cpu":

@@ -30,9 +30,11 @@ from myna.engine.decoder import FastDecoder
 from myna.engine.estimate import BaseShape
 from myna.engine.native_library import native_library
 from myna.engine.peaks import copy_bandwidth, product_peak
+from myna.engine.threads import fast_in_bfloat16
 from myna.engine.torch_kernels import TorchKernels
 from myna.errors import MachineError
-from myna.machine import Finding
+from myna.machine import Finding, memory_room
+from myna.plan import cpu_dtype
 
 # In millions, as their makers give them.
 PARAMETERS = {"135M": 134.5, "360M": 361.8, "0.5B": 494, "1B": 1_236, "1.5B": 1_544, "3B": 3_213, "8B": 8_030}
@@ -101,8 +103,8 @@ def test_the_table_has_a_line_a_model() -> None:
     speeds = (("bf16", 9.6), ("int8", None))
     made = [Expectation(m, b, 1.0, s, 3_000_000_000, b != "int8") for m in SHAPES for b, s in speeds]
     heads, rows, note = as_table(Bench((kernels,), tuple(made)))
-    assert heads == ("model", "bf16, tokens/s", "memory", "int8, tokens/s", "memory")
-    assert rows[0] == ("135M", "10", "3.0 GB", "–", "3.0 GB, too much here")
+    assert heads == ("model", "by default, tokens/s", "memory", "int8, tokens/s", "memory")
+    assert rows[0] == ("135M", "10 bf16", "3.0 GB", "–", "3.0 GB, above 60 % of all")
     assert [row[0] for row in rows] == [*SHAPES]
     assert "slower" in note
     assert "slower" not in as_table(Bench((replace(kernels, status="ok"),), tuple(made)))[2]
@@ -149,9 +151,16 @@ def test_the_doctor_measures(myna: Command) -> None:
     assert 1e8 < report["findings"]["bandwidth"]["value"] < 1e13
     assert "doctor --bench" not in report["findings"]["kernels"]["text"]
     assert [entry["model"] for entry in report["training"]] == [name for name in SHAPES for _ in range(2)]
-    assert {entry["base"] for entry in report["training"]} in ({"bf16", "int8"}, {"fp32", "int8"})
+    by_default = [entry["base"] for entry in report["training"] if entry["base"] != "int8"]
+    # fp32, if at all, for the smaller ones; what they are is the plan's own rule
+    assert by_default == sorted(by_default, reverse=True) and {*by_default} <= {"fp32", "bf16"}
+    total, fast = memory_room()[1] / 1e6, fast_in_bfloat16()
+    assert by_default == [
+        cpu_dtype(shape, fast_bf16=fast, total_memory_mb=total) for shape in SHAPES.values()
+    ]
     for entry in report["training"]:
-        peak = report["findings"][f"peak:{entry['base']}"]["value"]
+        widened = entry["base"] == "bf16" and not fast
+        peak = report["findings"]["peak:fp32" if widened else f"peak:{entry['base']}"]["value"]
         flops = peak * SHARE_OF_PEAK[entry["base"]] / entry["tokens_per_s"]
         assert flops == pytest.approx(entry["flops_a_token"])
 

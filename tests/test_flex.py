@@ -12,7 +12,7 @@ from exactness import ORDER_BOUND, PATH_BOUND, adapted, related_examples, requir
 import myna.engine.flex
 from myna.data.packing import collate
 from myna.engine.flex import FlexKernels
-from myna.engine.kernels import Rope
+from myna.engine.kernels import Norm, Rope
 from myna.engine.layout import plan_layout
 from myna.engine.native_check import attention_spec, small_pack
 from myna.engine.torch_kernels import TorchKernels
@@ -31,6 +31,22 @@ def test_the_block_mask_is_the_padded_attention(window: int | None, softcap: flo
     FlexKernels().attention(qkv, spec, rope, layout, flex)
     TorchKernels().attention(qkv, spec, rope, layout, plain)
     assert (flex - plain).norm() <= 1e-5 * plain.norm()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_large_heads_are_normed_in_float32() -> None:
+    """fp16 holds 300, not its square."""
+    layout, generator = plan_layout(small_pack()), torch.Generator().manual_seed(0)
+    norm = Norm(torch.ones(32), None, 1e-6)
+    spec = attention_spec(4, 2, 32, 32, scale=0.3, norm=norm)
+    num_tokens = len(layout.batch.input_ids_T)
+    qkv = (300 * torch.randn(num_tokens, 8 * 32, generator=generator)).half()
+    qkv[:, 6 * 32 :] /= 300
+    rope = Rope(torch.ones(num_tokens, 32), torch.zeros(num_tokens, 32))
+    flex, plain = (torch.empty(num_tokens, 128, dtype=torch.float16) for _ in range(2))
+    FlexKernels().attention(qkv, spec, rope, layout, flex)
+    TorchKernels().attention(qkv, spec, rope, layout, plain)
+    assert (flex.float() - plain.float()).norm() <= 1e-2 * plain.float().norm()
 
 
 def dense_flex(

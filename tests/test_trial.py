@@ -24,7 +24,7 @@ from myna.trial import FEWEST_STEPS, largest_pack, room_required
 WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "fast": {},
     "dropout": {"adapter": {"dropout": 0.2}},
-    "reference": {"train": {"packed": False}},
+    "reference": {"train": {"packed": False}, "adapter": {"dropout": 0.2}},  # draws from torch's own state
 }
 
 
@@ -97,8 +97,19 @@ def test_a_short_run_tries_nothing_and_a_resumed_one_what_is_to_come(
         patch.setattr(myna.train, "catch_signals", Stopping)
         with pytest.raises(Interrupted):
             train_stage(recipe)
+    of_all: list[list[int]] = []
+    largest = myna.train.largest_pack
+
+    def noted(packs: Any, lay: Any, **settings: Any) -> Batch:
+        packs = list(packs)
+        of_all.append([step for step, _ in packs])
+        found = largest(packs, lay, **settings)
+        assert len(found.input_ids_T) == max(len(lay(*numbered).input_ids_T) for numbered in packs)
+        return found
+
+    monkeypatch.setattr(myna.train, "largest_pack", noted)
     trained(recipe, resume=True)
-    assert len(tried) == 2
+    assert len(tried) == 2 and min(of_all[0]) == 5, "the packs of the steps to come"
 
 
 def test_the_longest_pack_is_the_one_that_takes_the_most() -> None:
@@ -111,6 +122,7 @@ def test_the_longest_pack_is_the_one_that_takes_the_most() -> None:
         return collate(pack, share=True)
 
     assert len(largest_pack(packs, lay, fast=True).input_ids_T) == 180
+    assert len(largest_pack([*[packs[1]] * 9, packs[2]], lay, fast=True).input_ids_T) == 180
     assert largest_pack(packs[2:], lambda _, pack: collate(pack), fast=False).lengths == (100, 3, 3)
 
 
@@ -129,8 +141,11 @@ def raises(error: Exception) -> Any:
             "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"
         ),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[Errno 12] Cannot allocate memory"),
     ],
-    ids=["python", "cpu", "gpu"],
+    ids=["python", "cpu", "gpu", "c++", "cublas", "system"],
 )
 @pytest.mark.parametrize(("way", "stepper"), [("fast", FastStepper), ("reference", ReferenceStepper)])
 def test_a_pack_that_does_not_fit_ends_the_run_before_it_begins(

@@ -76,15 +76,7 @@ class FastDecoder:
         """
         x_Td, tools = self._enter(calibration)
         for layer in self.layers:
-            watched = []
-            for group in _groups_of(layer):
-                assert isinstance(group.frozen, DenseWeight), "the weights are quantized already"
-                group.frozen = watch = WatchedWeight(group.frozen)
-                watched.append((group, watch))
-            x_Td = _run_layers(x_Td, [layer], tools)
-            for group, watch in watched:
-                group.frozen = Int8Weight(watch.dense, watch.largest_K)
-                del watch.dense
+            x_Td = _quantize_layer(layer, x_Td, tools)
             give_back_memory()
 
     def groups(self) -> Iterator[LoraGroup]:
@@ -168,6 +160,19 @@ class FastDecoder:
 
 def _groups_of(layer: DecoderLayer) -> tuple[LoraGroup, ...]:
     return layer.attention.inner, layer.attention.outer, layer.mlp.inner, layer.mlp.outer
+
+
+def _quantize_layer(layer: DecoderLayer, x_Td: torch.Tensor, tools: dict[str, PackTools]) -> torch.Tensor:
+    """The layer's answer as its weights were; on return nothing refers to them any more."""
+    watched = []
+    for group in _groups_of(layer):
+        assert isinstance(group.frozen, DenseWeight), "the weights are quantized already"
+        group.frozen = watch = WatchedWeight(group.frozen)
+        watched.append((group, watch))
+    y_Td = _run_layers(x_Td, [layer], tools)
+    for group, watch in watched:
+        group.frozen = Int8Weight(watch.dense, watch.largest_K)
+    return y_Td
 
 
 def _run_layers(

@@ -89,6 +89,7 @@ def estimate_memory(
     native: bool,
     quantize: str,
     checkpoint_layers: int,
+    widen: bool = False,
     checkpoint_to: str = "device",
 ) -> MemoryEstimate:
     """Of training with packs of at most `tokens` tokens (padded ones, off the fast path), every linear layer adapted."""
@@ -101,7 +102,7 @@ def estimate_memory(
         by_token = inputs * shape.width * size + min(checkpoint_layers, shape.layers) * kept
     else:
         by_token = shape.layers * kept
-    passing = tokens * _passing(shape, size, native=native, quantize=quantize)
+    passing = tokens * _passing(shape, size, native=native, quantize=quantize, widen=widen)
     layer = sum(wide_in * wide_out for wide_in, wide_out in _linears(shape))
     ends = (1 if shape.tied else 2) * shape.vocabulary * shape.width * size
     return MemoryEstimate(
@@ -155,14 +156,16 @@ def _kept_by_a_layer(shape: BaseShape, size: int, rank: int, *, fast: bool, nati
     return kept if native else kept + 4 * 1.25 * (fused + 2 * shape.query)
 
 
-def _passing(shape: BaseShape, size: int, *, native: bool, quantize: str) -> float:
+def _passing(shape: BaseShape, size: int, *, native: bool, quantize: str, widen: bool) -> float:
     """Bytes a token that a block's backward holds while it runs."""
     fused = shape.query + 2 * shape.key_value
     middle = shape.inner * (2 if shape.gated else 1)
     blocks = size * (6 * shape.width + middle + 2 * shape.inner)
     attention = 4 * (5 * shape.query + 4 * shape.key_value + shape.heads) if native else 4 * 4 * fused
     sums = (4 + 1) * max(middle, shape.inner, fused) if quantize == "int8" else 0
-    return blocks + attention + sums
+    # what comes in and goes out of a product once more in float32
+    wide = 4 * 2 * max(middle, shape.inner, fused) if widen else 0
+    return blocks + attention + sums + wide
 
 
 def _head(shape: BaseShape, size: int, tokens: int, *, fast: bool, native: bool) -> float:

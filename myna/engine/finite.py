@@ -42,6 +42,8 @@ def rows_at_fault(
     pack = next((p for p, batch in zip(packs, batches, strict=True) if not is_finite(batch)), None)
     alone = [row for row in pack or () if not is_finite(collate([row]))]
     gradient_P.zero_()
+    if pack is not None and len(alone) == len(pack) > 1:
+        return f"every row of a pack, so rather the adapter than the rows: {_named(alone)}"
     if alone:
         return f"not finite by themselves: {_named(alone)}"
     if pack is not None:

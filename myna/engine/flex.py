@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from myna.engine.compiler import NotNative, find_compiler
 from myna.engine.kernels import AttentionSpec, Rope
 from myna.engine.layout import PackLayout
-from myna.engine.plain_attention import turned_heads
+from myna.engine.plain_attention import exact, turned_heads
 from myna.engine.torch_kernels import TorchKernels
 
 # what flex_attention is compiled by on a GPU
@@ -60,8 +60,9 @@ def _has_backward(x: torch.Tensor) -> bool:
 
 def packed_flex(qkv: torch.Tensor, spec: AttentionSpec, rope: Rope, layout: PackLayout) -> torch.Tensor:
     """Rotary embedding and attention inside documents: [T, …] to [T, H · D]."""
-    turned = Rope(rope.cos_TR.to(qkv.dtype), rope.sin_TR.to(qkv.dtype))
-    query, key, value = (x.to(qkv.dtype).transpose(0, 1)[None] for x in turned_heads(qkv, spec, turned))
+    # normed and turned in float32: the square of what fp16 holds it does not hold
+    heads = turned_heads(exact(qkv), spec, rope)
+    query, key, value = (x.to(qkv.dtype).transpose(0, 1)[None] for x in heads)
     attend: Any = _compiled() if qkv.is_cuda else flex_attention
     answer = attend(
         query,

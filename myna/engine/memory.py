@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 MOST_EXCESS = 1.2  # growth over what a step needs, at which freed memory is given back
+LEAST_NEED_MB = 50.0  # of a step: less is not worth giving back
 
 
 def total_memory_mb(device: str = "cpu") -> float:
@@ -65,7 +66,7 @@ class FreedMemory:
     """
 
     def __init__(self) -> None:
-        self._base_mb, self._need_mb, self._is_first = memory_mb(), 0.0, True
+        self._base_mb, self._need_mb, self._is_first = memory_mb(), LEAST_NEED_MB, True
 
     def give_back_excess(self) -> None:
         """To be called after each step. The steps that come first after memory was given back tell what a step needs."""

@@ -1,7 +1,8 @@
 """The compiled kernels against torch's, before their first use: a compiler that miscompiles must not train a model.
 
 Every function of the protocol on small random tensors, with widths that are no multiple of a vector, a shared beginning, a
-window, a cap, grouped heads. Under 50 ms. The draws are from a generator of their own: torch's global state stays as it is.
+window, a cap, grouped heads. Some 50 ms, and ten times that in a process whose torch has not worked yet. The draws are from
+a generator of their own: torch's global state stays as it is.
 """
 
 from __future__ import annotations

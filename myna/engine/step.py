@@ -20,7 +20,7 @@ from myna.data.render import IGNORE
 from myna.engine.compiler import NotNative
 from myna.engine.decoder import FastDecoder
 from myna.engine.families import FAST
-from myna.engine.flex import FlexKernels, flex_missing
+from myna.engine.flex import FlexKernels
 from myna.engine.kept import InputPlace
 from myna.engine.kernels import Kernels
 from myna.engine.native import load_native
@@ -34,6 +34,8 @@ KernelsName = Literal["native", "torch", "flex"]
 
 # oneDNN makes and keeps a kernel for every shape it meets, so each new length of a pack would cost time and memory
 ROUND_TOKENS = 32
+
+UNPACKED = "train.packed is false"
 
 
 class Stepper(Protocol):
@@ -60,8 +62,7 @@ def choose_kernels(name: KernelsName, threads: int, *, widen: bool = False) -> K
 def best_kernels(device: str, dtype: str) -> tuple[KernelsName, str]:
     """The kernels for this machine, and why where they are torch's."""
     if device != "cpu":
-        why = flex_missing(device)
-        return ("torch", why) if why else ("flex", "")
+        return "torch", f"the C kernels are for a CPU, the device is {device}"
     if dtype not in ("bf16", "fp32"):
         return "torch", f"the C kernels compute in bf16 and fp32, not in {dtype}"
     try:
@@ -74,7 +75,7 @@ def best_kernels(device: str, dtype: str) -> tuple[KernelsName, str]:
 def choose_path(config: Any, adapter: AdapterSettings, *, packed: bool = True) -> tuple[PathName, str]:
     """Which path a run takes, and why where it is the reference one."""
     if not packed:
-        return "reference", "train.packed is false"
+        return "reference", UNPACKED
     if config.model_type not in FAST:
         return "reference", f"the family {config.model_type} has no fast path yet"
     if not METHODS[adapter.method].fast:

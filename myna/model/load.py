@@ -15,7 +15,8 @@ import torch
 
 from myna.errors import MachineError, ModelError
 
-NO_MEMORY = r"not enough memory|can't allocate memory|out of memory"  # torch on Windows, Linux, a GPU
+# torch on Windows, Linux, a GPU; C++ and cuBLAS through torch; the system
+NO_MEMORY = r"not enough memory|[Cc]an(no|')t allocate memory|out of memory|bad_alloc|ALLOC_FAILED"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -61,6 +62,7 @@ def load_base(folder: Path, dtype: str, *, device: str = "cpu") -> Any:
                 use_safetensors=True,
                 trust_remote_code=False,
             )
+            model.to(device)
     except Exception as error:  # what transformers raises for a foreign config.json is anything
         if isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error)):
             raise MachineError(f"has no room in memory: {first_line(error)}", where=str(folder)) from error
@@ -72,7 +74,7 @@ def load_base(folder: Path, dtype: str, *, device: str = "cpu") -> Any:
         )
     refuse_not_finite(model.named_parameters(), folder)
     model.requires_grad_(False)
-    return model.to(device).eval()
+    return model.eval()
 
 
 @contextlib.contextmanager
