@@ -36,6 +36,7 @@ def race(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> dict[str
     return written
 
 
+@pytest.mark.slow
 def test_the_whole_race_on_a_tiny_shape(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -278,6 +278,7 @@ def adapter_bytes(run: Run) -> bytes:
     return (run.adapter_dir / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_repeats_and_goes_on_to_the_bit(recipe: Recipe) -> None:
     said: list[str] = []
     first = train_stage(named(recipe, "first"), show=Show(say=said.append))

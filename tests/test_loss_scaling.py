@@ -67,6 +67,7 @@ def test_what_is_scaled_after_the_loss_is_scaled_too_late() -> None:
     assert float(exact[0, 1:].min()) > 3e-5 and not outside[0, 1:].any()
 
 
+@pytest.mark.slow
 def test_training_scales_inside_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """By scale over target tokens, in one factor, all the way into the kernels."""
     batch, seen = collate(examples()), []
@@ -148,6 +149,7 @@ def lines_of(run: Run) -> list[dict[str, Any]]:
     return [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_training_in_fp16_goes_as_one_in_float32(recipe: Recipe) -> None:
     halves, exact = (lines_of(train_stage(named(recipe, d, dtype=d))) for d in ("fp16", "fp32"))
     assert [line["loss"] for line in halves] == pytest.approx([line["loss"] for line in exact], rel=5e-3)
@@ -220,6 +222,7 @@ def stopped_and_resumed(recipe: Recipe, stop: int) -> Run:
     return train_stage(recipe, resume=True)
 
 
+@pytest.mark.slow
 def test_resumed_across_a_change_of_scale_is_not_stopped(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,6 +131,7 @@ STOPS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), STOPS)
 def test_a_process_that_is_stopped_goes_on(recipe: Recipe, tmp_path: Path, number: int, code: int) -> None:
     arguments = ["train", "recipe.yaml", "--set", "train.epochs=4", "--set", "train.save_every_steps=2"]

@@ -99,6 +99,7 @@ WAYS: dict[str, tuple[dict[str, dict[str, object]], float]] = {
 SLOW_WAYS = ("unpacked, layers again", "two layers again")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "way", [pytest.param(way, marks=[pytest.mark.slow] * (way in SLOW_WAYS)) for way in WAYS]
 )

@@ -56,6 +56,7 @@ def trained(recipe: Recipe, **settings: Any) -> tuple[Run, list[str], bytes]:
     return run, said, (run.adapter_dir / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_is_the_same_bytes_with_and_without_it(
     tmp_path: Path,
@@ -74,6 +75,7 @@ def test_a_run_is_the_same_bytes_with_and_without_it(
     assert found == without
 
 
+@pytest.mark.slow
 def test_a_short_run_tries_nothing_and_a_resumed_one_what_is_to_come(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, tried: list[list[int]]
 ) -> None:
