@@ -59,7 +59,7 @@ def main() -> None:
     lap = json.loads(sys.argv[1])
     try:
         found = LAPS[lap["variant"]](lap)
-    except Exception as error:
+    except RuntimeError as error:  # what torch raises where a GPU's memory ends is one
         if "out of memory" not in str(error):
             raise
         found = {"out_of_memory": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import exactness
@@ -214,6 +215,11 @@ def test_layer_by_layer_is_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
             super().__init__(*given)
             open_at_once.append(sum(isinstance(g.frozen, WatchedWeight) for g in parts.decoder.groups()))
 
+    dense = [weakref.ref(group.frozen) for group in parts.decoder.groups()]
+    left: list[int] = []
+    monkeypatch.setattr(
+        decoder, "give_back_memory", lambda: left.append(sum(ref() is not None for ref in dense))
+    )
     monkeypatch.setattr(decoder, "Int8Weight", Counted)
     parts.decoder.quantize_int8(batch)
     for group, weight in zip(parts.decoder.groups(), expected, strict=True):
@@ -221,3 +227,4 @@ def test_layer_by_layer_is_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(group.frozen.quants_NK, weight.quants_NK)
         assert torch.equal(group.frozen.scale_N, weight.scale_N)
     assert open_at_once == [4, 3, 2, 1] * 2
+    assert left == [4, 0], "a layer's weights are gone before memory is given back"

@@ -65,6 +65,7 @@ def test_the_rows_are_named_and_the_last_good_checkpoint_stays(
     step = int(found[1])
     assert step > 1  # else there is no checkpoint to be kept
     names = sorted(path.name for path in run.checkpoints_dir.iterdir())
+    assert f"the last good checkpoint is checkpoints/{names[-1]}" in (error.help or "")
     assert names[-1] == f"step-{step - 1:06d}" and not run.adapter_dir.exists()
     assert len(run.metrics_path.read_text().splitlines()) == step - 1
     tensors = load_file(run.checkpoints_dir / names[-1] / "adapter.safetensors")
@@ -85,6 +86,9 @@ def test_a_model_that_is_broken_names_the_rows_of_the_pack(
     with pytest.raises(CheckFailed, match="loss of step 1 is nan") as caught:
         train_stage(recipe_of(tmp_path, base, batch_size=8, pack_tokens=4096))
     assert caught.value.message.count("orders.jsonl:") == 6 and "and 2 more" in caught.value.message
+    assert "every row of a pack, so rather the adapter than the rows" in caught.value.message
+    assert "gradient" not in caught.value.message, "none was made"
+    assert "no checkpoint had been saved yet" in (caught.value.help or "")
     assert not list(Path("runs").rglob("step-*"))
 
 

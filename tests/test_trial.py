@@ -129,7 +129,7 @@ def test_the_longest_pack_is_the_one_that_takes_the_most() -> None:
 
 
 def raises(error: Exception) -> Any:
-    def loss(*_: Any) -> torch.Tensor:
+    def loss(*_: Any, **__: Any) -> torch.Tensor:
         raise error
 
     return loss
@@ -169,6 +169,16 @@ def test_a_pack_that_does_not_fit_ends_the_run_before_it_begins(
     assert "train.gradient_checkpointing=all" in caught.value.help
     assert ("model.quantize=int8" in caught.value.help) == (way == "fast")
     assert not run_of(recipe).path.exists()  # the corrected recipe may have the same name
+
+
+def test_memory_that_ends_while_the_run_is_set_up_is_the_same_error(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(myna.train, "make_stepper", raises(RuntimeError("can't allocate memory")))
+    with pytest.raises(MachineError, match="does not fit into memory") as caught:
+        train_stage(a_recipe(tmp_path, tiny_base, "large"))
+    assert caught.value.code == "memory"
 
 
 def test_another_error_stays_what_it_is() -> None:

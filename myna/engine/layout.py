@@ -72,11 +72,6 @@ class PackLayout:
         return tuple(groups), torch.argsort(torch.cat(token_order)).to(self.device)
 
     @cached_property
-    def longest(self) -> int:
-        """Tokens of the longest document."""
-        return max(self.batch.lengths)
-
-    @cached_property
     def tree(self) -> SegmentTree:
         """The segments and their order as arrays of int64."""
         segments = self.batch.segments

@@ -34,7 +34,7 @@ class _Job(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("T", "H", "KV", "D", "R")),
         *((n, ctypes.c_int64) for n in ("query_at", "query_step", "key_at", "value_at", "kv_step")),
-        *((name, ctypes.c_int64) for name in ("window", "num_segments", "num_places")),
+        *((name, ctypes.c_int64) for name in ("window", "num_places")),
         ("segments", ctypes.c_void_p),
         ("blocks", ctypes.c_void_p),
         ("num_blocks", ctypes.c_int64),
@@ -201,7 +201,6 @@ class NativeKernels(TorchKernels):
             value_at=spec.value_at,
             kv_step=spec.kv_step,
             window=spec.window or NO_WINDOW,
-            num_segments=len(tree.segments),
             num_places=tree.num_places,
             num_blocks=len(tree.blocks),
             num_roots=len(tree.roots),

@@ -107,7 +107,7 @@ typedef struct {
     int64_t T, H, KV, D, R;       /* tokens, query heads, key heads, head width, rotary width */
     int64_t query_at, query_step, key_at, value_at, kv_step;
     int64_t window;               /* very large: none */
-    int64_t num_segments, num_places;
+    int64_t num_places;           /* columns of `kt` and `vt` for each key head */
     const int64_t *segments;      /* [S][4]: start, length, position of its first token, parent */
     const int64_t *blocks;        /* [B][3]: segment, first token, tokens (at most TILE) */
     int64_t num_blocks;
