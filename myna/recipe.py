@@ -310,6 +310,12 @@ def _nearest(path: Sequence[str]) -> str:
         leaves = {key.split(".")[1]: key for key in known}
         near = difflib.get_close_matches(path[0], leaves, n=1, cutoff=0.6)
         return f" Did you mean {leaves[near[0]]}?" if near else f" Blocks: {', '.join(blocks)}."
+    # the right name in another block is nearer than another name in this one
+    leaves = {key.rpartition(".")[2]: key for key in known if not key.startswith(f"{path[0]}.")}
+    elsewhere = difflib.get_close_matches(path[-1], leaves, n=1, cutoff=0.8)
+    here = difflib.get_close_matches(f"{path[0]}.{path[-1]}", known, n=1, cutoff=0.85)
+    if elsewhere and not here:
+        return f" Did you mean {leaves[elsewhere[0]]}?"
     near = difflib.get_close_matches(".".join(path), known, n=1, cutoff=0.6)
     if near:
         return f" Did you mean {near[0]}?"

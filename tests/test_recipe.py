@@ -26,6 +26,20 @@ def test_a_misspelt_setting_names_its_line_and_the_nearest(tmp_path: Path) -> No
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("train.dropuot", "adapter.dropout"),
+        ("data.epoch", "train.epochs"),
+        ("train.batchsize", "train.batch_size"),
+    ],
+)
+def test_a_setting_in_the_wrong_block_is_found(tmp_path: Path, given: str, meant: str) -> None:
+    path = write(tmp_path, "data: {train: a.jsonl}\n")
+    with pytest.raises(RecipeError, match=f"{given} is not a setting. Did you mean {meant}"):
+        load_recipe(path, [f"{given}=1"])
+
+
 def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
     path = write(
         tmp_path, "data: {}\ntrain:\n  epochs: 0\n  seed: x\nadapter: {rank: 4}\ntrian: {epochs: 1}\n"
