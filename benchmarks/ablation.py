@@ -49,6 +49,9 @@ VARIANTS: Mapping[str, Variant] = {
     "torch": _variant("no C compiler: torch kernels", kernels="torch"),
     "narrow": _variant("bf16 products as torch has them", widen=False),
     "wide": _variant("bf16 weights multiplied in fp32", widen=True),
+    "wide-torch": _variant(
+        "bf16 weights multiplied in fp32 by torch's products", widen=True, products="torch"
+    ),
     "dropout": _variant("LoRA dropout 0.05", dropout=0.05, share=False),
     "unshared": _variant("shared beginnings computed in every row", share=False),
     "unpacked": _variant("every row a pack of its own", unpacked=True),
@@ -73,6 +76,7 @@ class Lap:
 
     kernels: str = "native"
     widen: bool = not fast_in_bfloat16()
+    products: str = "native"
     path: str = "fast"
     share: bool = True
     unpacked: bool = False
@@ -156,7 +160,7 @@ def run_lap(lap: Lap, arguments: argparse.Namespace) -> dict[str, float]:
     stepper = make_stepper(
         model,
         lap.path,  # type: ignore[arg-type]
-        kernels=choose_kernels(lap.kernels, threads, widen=lap.widen),  # type: ignore[arg-type]
+        kernels=choose_kernels(lap.kernels, threads, widen=lap.widen, products=lap.products),  # type: ignore[arg-type]
         quantize_with=collate(steps[0], share=True) if lap.int8 else None,
         checkpoint_layers=lap.checkpoint_layers,
     )

@@ -24,6 +24,7 @@ from myna.engine.step import (
     UNPACKED,
     KernelsName,
     PathName,
+    ProductsName,
     best_kernels,
     choose_kernels,
     choose_path,
@@ -62,6 +63,7 @@ class FrozenPlan:
     checkpoint_layers: int = 0
     round_tokens: int = 64
     widen: bool = False  # products of narrower weights in float32
+    products: ProductsName = "torch"  # who widens and multiplies them
     head_tokens: int | None = (
         None  # target tokens that the head projects at a time; None: as the engine has it
     )
@@ -182,6 +184,7 @@ def freeze_plan(recipe: Recipe, config: Any, lengths: Sequence[int], machine: Ma
         checkpoint_to=settings.checkpoint_to if checkpoint_layers else "device",
         round_tokens=ROUND_TOKENS,
         widen=widen,
+        products="native" if widen and kernels == "native" else "torch",
         head_tokens=chunk_tokens(shape.vocabulary, BYTES[dtype]),
         memory_mb=round(needed_mb(checkpoint_layers)),
         total_memory_mb=machine.total_memory_mb,
@@ -269,7 +272,7 @@ def planned_kernels(plan: FrozenPlan) -> Kernels:
             code="kernels",
         )
     try:
-        return choose_kernels(plan.kernels, plan.threads, widen=plan.widen)
+        return choose_kernels(plan.kernels, plan.threads, widen=plan.widen, products=plan.products)
     except NotNative as error:
         raise MachineError(
             f"the run was begun with C kernels, which cannot be had now: {error}",

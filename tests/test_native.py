@@ -29,6 +29,7 @@ from myna.engine.native_check import (
     compared,
 )
 from myna.engine.native_library import NativeLibrary, load_library, native_library
+from myna.engine.native_products import NativeProducts
 from myna.engine.step import best_kernels
 from myna.engine.torch_kernels import TorchKernels
 
@@ -73,9 +74,13 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return build(tmp_path_factory.mktemp("build"), compiler, f"-march={march}")
 
 
+def all_native(library: NativeLibrary, threads: int) -> NativeKernels:
+    return NativeKernels(library, threads, NativeProducts(library))
+
+
 @pytest.fixture(scope="module")
 def kernels(library: NativeLibrary) -> NativeKernels:
-    return NativeKernels(library, 1)
+    return all_native(library, 1)
 
 
 # Against torch's
@@ -129,7 +134,7 @@ def test_the_bytes_do_not_depend_on_the_threads(library: NativeLibrary, dtype: t
     answers = []
     for threads in (1, 3):
         try:
-            kernels = NativeKernels(library, threads)
+            kernels = all_native(library, threads)
         except NotNative as error:
             pytest.skip(str(error))
         answers.append([mine.clone() for _, mine, _ in compared(kernels, kernels, dtype)])
@@ -184,6 +189,10 @@ MISCOMPILED = {
     "an outer product that is not added": ("native_low_rank.h", "into[k] += scale", "into[k] = scale", "add_outer of 5"),
     "blocks of ranks": ("native_low_rank.h", "MAX(*end, b[3])", "b[3] - 1", "dequantize"),
     "a column's own block": ("native_low_rank.h", "at < b[1]", "at + 1 < b[1]", "dequantize"),
+    "rows of a product": ("native_products.h", "MIN(t + r, a->T - 1)", "MIN(t + r, a->T - 2)", "product of 700"),
+    "parts of a product": ("native_products.h", "part < a->K ? (t - first) * PANEL : 0", "0", "product of 700"),
+    "panels of a product": ("native_products.h", "(at + v * VW + r) * a->ldw", "(at + r) * a->ldw", "product of 700"),
+    "a product, back": ("native_products.h", "a->w + k * a->ldw + at", "a->w + k * a->ldw", "product of 700, back"),
     "a sign of the rotation": ("native_attention.h", "(cos + half + i) +", "(cos + half + i) -", "attention"),
 }  # fmt: skip
 
@@ -196,7 +205,7 @@ def test_a_miscompiled_kernel_is_caught(tmp_path: Path, what: str) -> None:
         assert (right in text) == (source == name)
         (tmp_path / source).write_text(text.replace(right, wrong))
     assert COMPILER
-    kernels = NativeKernels(build(tmp_path, COMPILER, "-O0", sources=tmp_path), 1)
+    kernels = all_native(build(tmp_path, COMPILER, "-O0", sources=tmp_path), 1)
     with pytest.raises(NotNative, match=f"the compiled {told}.* differs from torch's in float32"):
         check_native(kernels)
 

@@ -10,8 +10,10 @@ from exactness import adapted, distance, examples, fast_answer
 import myna.engine.products as products_module
 from myna.data.packing import collate
 from myna.engine.native import NativeKernels
+from myna.engine.native_library import native_library
+from myna.engine.native_products import NativeProducts
 from myna.engine.products import PlainProducts, WideProducts
-from myna.engine.step import choose_kernels
+from myna.engine.step import KernelsName, ProductsName, choose_kernels
 from myna.engine.threads import fast_in_bfloat16
 from myna.engine.torch_kernels import TorchKernels
 
@@ -74,12 +76,18 @@ def test_no_more_of_a_weight_stands_in_float32_than_a_part(monkeypatch: pytest.M
     assert wide._scratch["weight"].numel() <= 1000 + K
 
 
-@pytest.mark.parametrize("kernels", ["torch", "native"])
-def test_a_widened_step_is_as_near_the_truth(kernels: str) -> None:
+@pytest.mark.parametrize(
+    ("kernels", "products"), [("torch", "torch"), ("native", "torch"), ("native", "native")]
+)
+def test_a_widened_step_is_as_near_the_truth(kernels: KernelsName, products: ProductsName) -> None:
     batch, truth = [collate(examples())], exactness.reference_of("llama", torch.float64)
-    exactness.kernels_named(kernels)  # type: ignore[arg-type]  # skips where there is no compiler
+    exactness.kernels_named(kernels)  # skips where there is no compiler
     found = [
-        fast_answer(adapted("llama", torch.bfloat16), batch, choose_kernels(kernels, 1, widen=widen))  # type: ignore[arg-type]
+        fast_answer(
+            adapted("llama", torch.bfloat16),
+            batch,
+            choose_kernels(kernels, 1, widen=widen, products=products),
+        )
         for widen in (False, True)
     ]
     plain, wide = (distance(answer, truth) for answer in found)
@@ -117,7 +125,54 @@ def test_the_plan_s_word_reaches_the_kernels() -> None:
     assert isinstance(choose_kernels("torch", 1, widen=True).products, WideProducts)
     exactness.kernels_named("native")
     native = choose_kernels("native", 1, widen=True)
-    assert isinstance(native, NativeKernels) and isinstance(native.products, WideProducts)
+    assert isinstance(native, NativeKernels) and type(native.products) is WideProducts
+    own = choose_kernels("native", 1, widen=True, products="native")
+    assert isinstance(own, NativeKernels) and isinstance(own.products, NativeProducts)
+    assert isinstance(choose_kernels("native", 1, products="native").products, PlainProducts)
+
+
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns"), [(7, 24, 40), (70, 1300, 100), (600, 41, 17), (1, 1, 1)]
+)
+def test_products_in_c_are_rounded_once(rows: int, depth: int, columns: int) -> None:
+    """One tile and several, one part of a sum and three, more rows than a piece has, a single number."""
+    exactness.kernels_named("native")
+    choose_kernels("native", 1)  # the number of threads is the library's
+    own = NativeProducts(native_library())
+    x, weight = drawn(rows, depth, torch.bfloat16, 1), drawn(columns, depth, torch.bfloat16, 2)
+    g, bias = drawn(rows, columns, torch.bfloat16, 3), drawn(1, columns, torch.bfloat16, 4)[0]
+    kept = {tensor: tensor.clone() for tensor in (x, weight, g, bias)}
+    exact = x.double() @ weight.double().T
+    require_rounded_once(own.linear(x, weight), exact)
+    require_rounded_once(own.linear(x, weight, bias), exact + bias.double())
+    into = drawn(rows, columns, torch.bfloat16, 5)
+    assert own.linear(x, weight, out=into).data_ptr() == into.data_ptr()
+    require_rounded_once(into, exact)
+    exact = g.double() @ weight.double()
+    require_rounded_once(own.back(g, weight), exact)
+    into = drawn(rows, depth, torch.bfloat16, 6)
+    around = into.as_strided((rows, depth + 5), (depth + 5, 1), 0)
+    outside = around[:, depth + 2 :].clone()
+    own.back(g, weight, out=into)
+    require_rounded_once(into, exact)
+    assert torch.equal(around[:, depth + 2 :], outside)
+    assert all(torch.equal(now, before) for now, before in kept.items())
+
+
+def test_products_in_c_of_other_dtypes_are_torch_s() -> None:
+    exactness.kernels_named("native")
+    own = NativeProducts(native_library())
+    x, weight = drawn(T, K, torch.float16, 1), drawn(N, K, torch.float16, 2)
+    require_rounded_once(own.linear(x, weight), x.double() @ weight.double().T)
+
+
+def test_a_product_in_c_holds_no_part_of_the_weight_in_float32() -> None:
+    exactness.kernels_named("native")
+    own, weight = NativeProducts(native_library()), drawn(4000, K, torch.bfloat16, 1)
+    x, g = drawn(T, K, torch.bfloat16, 2), drawn(T, 4000, torch.bfloat16, 3)
+    own.linear(x, weight)
+    own.back(g, weight)
+    assert set(own._scratch) == {"x"} and own._scratch["x"].numel() <= T * (4000 + 16)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from myna.model.sources import cache_dir
 
-SOURCES = ("native.c", "native_attention.h", "native_typed.h", "native_low_rank.h")
+SOURCES = ("native.c", "native_attention.h", "native_typed.h", "native_low_rank.h", "native_products.h")
 SOURCE_FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11")
 COMPILERS = ("gcc", "clang", "cc")

@@ -18,13 +18,14 @@ from myna.engine.compiler import NotNative
 from myna.engine.dropout import DropoutMask
 from myna.engine.kernels import ActivationName, AttentionSpec, LowRankTerm, Norm, Rope
 from myna.engine.layout import PackLayout
+from myna.engine.native_call import NativeCall, in_rows, whole_vectors
 from myna.engine.native_library import NativeLibrary, native_library
+from myna.engine.native_products import NativeProducts
 from myna.engine.products import Products
 from myna.engine.threads import gomp_parallel
 from myna.engine.torch_kernels import TorchKernels
 
 WIDEST_HEAD = 1024
-WIDEST_VECTOR = 16  # floats
 NO_WINDOW = 1 << 40
 
 
@@ -59,17 +60,12 @@ class NativeKernels(TorchKernels):
         products: Products | None = None,
     ) -> None:
         super().__init__(products)
-        self._library = library.functions
+        self._call = NativeCall(library)
         self._scratch: dict[str, torch.Tensor] = {}
         parallel = gomp_parallel()
         if parallel is None and threads > 1:
             raise NotNative("the OpenMP that torch runs on has no GOMP_parallel")
-        self._library.myna_threads(ctypes.c_void_p(parallel), threads)
-
-    def _call(self, name: str, like: torch.Tensor, *arguments: Any) -> None:
-        kind = "bf16" if like.dtype == torch.bfloat16 else "f32"
-        assert like.dtype in (torch.bfloat16, torch.float32) and like.device.type == "cpu"
-        getattr(self._library, f"{name}_{kind}")(*(_c_value(argument) for argument in arguments))
+        library.functions.myna_threads(ctypes.c_void_p(parallel), threads)
 
     def _room(self, name: str, *shape: int) -> torch.Tensor:
         """Memory kept from call to call; what is in it is not."""
@@ -83,7 +79,7 @@ class NativeKernels(TorchKernels):
         if norm.centred or norm.bias_d is not None:
             return super().norm(x, norm, out)
         inverse_T = torch.empty(len(x))
-        x = _rows(x)
+        x = in_rows(x)
         self._call(
             "myna_norm", x, x, x.stride(0), norm.weight_d, norm.eps, inverse_T, out, out.stride(0), *x.shape
         )
@@ -94,8 +90,8 @@ class NativeKernels(TorchKernels):
     ) -> torch.Tensor:
         if norm.centred or norm.bias_d is not None:
             return super().norm_back(g, x, norm, stats, plus)
-        g, x = _rows(g), _rows(x)
-        plus = None if plus is None else _rows(plus)
+        g, x = in_rows(g), in_rows(x)
+        plus = None if plus is None else in_rows(plus)
         gx = torch.empty(x.shape, dtype=x.dtype)
         added = (None, 0) if plus is None else (plus, plus.stride(0))
         self._call(
@@ -118,7 +114,7 @@ class NativeKernels(TorchKernels):
         if not gated or activation == "gelu":
             super().gate(h, activation, gated, out)
             return
-        h, kind = _rows(h), 0 if activation == "silu" else 1
+        h, kind = in_rows(h), 0 if activation == "silu" else 1
         self._call("myna_gate", h, h, h.stride(0), out, out.stride(0), len(h), h.shape[1] // 2, kind)
 
     def gate_back(
@@ -133,7 +129,7 @@ class NativeKernels(TorchKernels):
         if not gated or activation == "gelu":
             super().gate_back(g, h, activation, gated, out, again)
             return
-        g, h, kind = _rows(g), _rows(h), 0 if activation == "silu" else 1
+        g, h, kind = in_rows(g), in_rows(h), 0 if activation == "silu" else 1
         width = h.shape[1] // 2
         tensors = (g, h, out, again)
         self._call("myna_gate_back", h, *(v for t in tensors for v in (t, t.stride(0))), len(h), width, kind)
@@ -162,7 +158,7 @@ class NativeKernels(TorchKernels):
         if not _fits(spec):
             super().attention_back(g, qkv, answer, saved, spec, rope, layout, out)
             return
-        g = _rows(g)
+        g = in_rows(g)
         job = self._job(qkv, spec, rope, layout, saved, back=True)
         tensors = (g, qkv, answer, out)
         self._call("myna_attention_back", qkv, job, *(v for t in tensors for v in (t, t.stride(0))))
@@ -221,12 +217,12 @@ class NativeKernels(TorchKernels):
         )
 
     def drop(self, x: torch.Tensor, mask: DropoutMask, out: torch.Tensor, *, add: bool = False) -> None:
-        x, words = _rows(x), (mask.rows_T, mask.columns_K, mask.threshold)
+        x, words = in_rows(x), (mask.rows_T, mask.columns_K, mask.threshold)
         tensors = (x, x.stride(0), *words, mask.scale, out, out.stride(0))
         self._call("myna_drop", x, *tensors, *x.shape, int(add))
 
     def quantize_rows(self, x: torch.Tensor, fold: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        x = _rows(x)
+        x = in_rows(x)
         quants, scale_T = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x))
         self._call("myna_quantize_rows", x, x, x.stride(0), fold, quants, scale_T, *x.shape)
         return quants, scale_T
@@ -243,16 +239,16 @@ class NativeKernels(TorchKernels):
         y = torch.empty(sums.shape, dtype=dtype)
         added: tuple[Any, ...] = (None, 0, None, 0, 0, None, 0, None)
         if low is not None:
-            h, m = _rows(low.h_TR), _rows(low.m_RN)
-            panels = self._room("panels", len(m), _whole_vectors(m.shape[1]))
+            h, m = in_rows(low.h_TR), in_rows(low.m_RN)
+            panels = self._room("panels", len(m), whole_vectors(m.shape[1]))
             added = (h, h.stride(0), m, m.stride(0), len(m), low.blocks_B4, len(low.blocks_B4), panels)
         self._call("myna_dequantize", y, sums, row_scale, column_scale, bias, *added, y, *y.shape)
         return y
 
     def low_rank(self, x: torch.Tensor, m: torch.Tensor, out: torch.Tensor) -> None:
-        x, m = _rows(x), _rows(m)
+        x, m = in_rows(x), in_rows(m)
         assert m.dtype == out.dtype == x.dtype
-        panels = self._room("panels", len(m), _whole_vectors(m.shape[1]))
+        panels = self._room("panels", len(m), whole_vectors(m.shape[1]))
         strides = (x, x.stride(0), m, m.stride(0), panels, out, out.stride(0))
         self._call("myna_low_rank", x, *strides, *x.shape, m.shape[1])
 
@@ -266,8 +262,8 @@ class NativeKernels(TorchKernels):
             g, x, turned = x, g, into[0].stride(0)
         else:
             starts = [rows.data_ptr() + 4 * rows.stride(0) * n for rows in into for n in range(len(rows))]
-        g, x = _rows(g), _rows(x)
-        wide = self._room("wide", len(g), _whole_vectors(g.shape[1]))
+        g, x = in_rows(g), in_rows(x)
+        wide = self._room("wide", len(g), whole_vectors(g.shape[1]))
         pointers = (ctypes.c_void_p * len(starts))(*starts)
         more = (wide, pointers, turned, float(scale), len(g), g.shape[1], x.shape[1])
         self._call("myna_add_outer", x, g, g.stride(0), x, x.stride(0), *more)
@@ -284,38 +280,23 @@ class NativeKernels(TorchKernels):
         return loss_N.sum()
 
 
-def _c_value(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    if isinstance(value, float):
-        return ctypes.c_float(value)
-    if isinstance(value, int):
-        return ctypes.c_int64(value)
-    return ctypes.c_void_p(None) if value is None else ctypes.byref(value)
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x with its columns side by side; rows may have any stride."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _whole_vectors(count: int) -> int:
-    """As many floats as the widest vectors that hold `count`."""
-    return -(-count // WIDEST_VECTOR) * WIDEST_VECTOR
-
-
 def _fits(spec: AttentionSpec) -> bool:
     return spec.head_dim % 16 == 0 and spec.head_dim <= WIDEST_HEAD and spec.rotary_dim % 2 == 0
 
 
-def load_native(threads: int, products: Products | None = None) -> NativeKernels:
-    """The C kernels, compiled where they are not yet, tried before first use. NotNative says why they cannot be had."""
+def load_native(threads: int, products: Products | None = None, *, widen: bool = False) -> NativeKernels:
+    """The C kernels, compiled where they are not yet, tried before first use. NotNative says why they cannot be had.
+
+    With `widen` bfloat16 tensors are multiplied in float32, in C too; without it products are `products`, or torch's.
+    """
     _try_once(threads)
-    return NativeKernels(native_library(), threads, products=products)
+    library = native_library()
+    return NativeKernels(library, threads, NativeProducts(library) if widen else products)
 
 
 @functools.cache
 def _try_once(threads: int) -> None:
     from myna.engine.native_check import check_native
 
-    check_native(NativeKernels(native_library(), threads))
+    library = native_library()
+    check_native(NativeKernels(library, threads, NativeProducts(library)))

@@ -28,6 +28,8 @@ MANY_ROWS: Final = 69
 LONG: Final = 133
 NARROW: Final = (5, 53)
 BLOCKS: Final = ((0, 7, 0, 3), (20, 49, 3, 9), (49, 75, 9, 21))  # from column, to column, from rank, to rank
+# rows, what is summed, columns: 16 rows, 48 columns and up to 640 of a sum at a time; more than one of each, and a rest
+PRODUCTS: Final = ((MANY_ROWS, 700, LONG), (5, 53, 700), (ROWS, 27, 10))
 SEGMENTS: Final = (Segment(0, 41), Segment(41, 6, 0), Segment(47, 37, 0), Segment(84, 3, 2), Segment(87, 80))
 DOCUMENTS: Final = ((0, 1), (0, 2), (0, 2, 3), (4,))
 NUM_TOKENS: Final = 167
@@ -131,6 +133,15 @@ def _low_ranks(kernels: Kernels, draw: Draw) -> Answers:
         yield f"add_outer of {ranks}, turned", turned
 
 
+def _products(kernels: Kernels, draw: Draw) -> Answers:
+    for rows, depth, columns in PRODUCTS:
+        weight, x, bias = draw.typed(columns, depth), draw.typed(rows, depth), draw.typed(columns)
+        g, out = draw.typed(rows, columns), draw.room(rows, depth)
+        yield f"product of {depth}", kernels.products.linear(x, weight, bias)
+        kernels.products.back(g, weight, out)
+        yield f"product of {depth}, back", out
+
+
 def _drops(kernels: Kernels, draw: Draw) -> Answers:
     mask = PackMasks((0,), ROWS, 2, WIDTH, torch.device("cpu")).of(1, WIDTH, 0.4)
     x, out, onto = draw.typed(ROWS, WIDTH), draw.room(ROWS, WIDTH), draw.typed(ROWS, WIDTH).clone()
@@ -167,6 +178,7 @@ WORK: Final[tuple[Callable[[Kernels, Draw], Answers], ...]] = (
     _norms,
     _gates,
     _low_ranks,
+    _products,
     _drops,
     _int8,
     _losses,

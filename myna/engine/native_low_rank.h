@@ -20,7 +20,10 @@
             for (int v = 0; v < NV; v++) acc[r][v] = load_f(out + r * ldo + v * VW);                                \
         for (int64_t i = 0; i < n; i++) {                                                                           \
             vf b[NV];                                                                                               \
-            for (int v = 0; v < NV; v++) b[v] = load_f(panel + (i * NV + v) * VW);                                  \
+            for (int v = 0; v < NV; v++) {                                                                          \
+                b[v] = load_f(panel + (i * NV + v) * VW);                                                           \
+                __builtin_prefetch(panel + ((i + 12) * NV + v) * VW);                                               \
+            }                                                                                                       \
             for (int r = 0; r < NR; r++) {                                                                          \
                 vf x = splat(a[r * row + i * step]);                                                                \
                 for (int v = 0; v < NV; v++) acc[r][v] += x * b[v];                                                 \

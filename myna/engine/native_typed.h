@@ -362,6 +362,7 @@ void NAME(myna_loss)(TYPE *logits, int64_t ld, const int64_t *targets, float *lo
 }
 
 #include "native_low_rank.h"
+#include "native_products.h"
 
 #undef GET
 #undef PUT

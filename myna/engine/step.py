@@ -31,6 +31,7 @@ from myna.recipe import AdapterSettings
 
 PathName = Literal["fast", "reference"]
 KernelsName = Literal["native", "torch", "flex"]
+ProductsName = Literal["native", "torch"]
 
 # oneDNN makes and keeps a kernel for every shape it meets, so each new length of a pack would cost time and memory
 ROUND_TOKENS = 32
@@ -51,12 +52,19 @@ class Stepper(Protocol):
         """What the pack's matrix products come to, in FLOP; None where it is not known."""
 
 
-def choose_kernels(name: KernelsName, threads: int, *, widen: bool = False) -> Kernels:
-    """The kernels that a plan names, `widen` with products in float32. NotNative where the C ones cannot be had here."""
-    products = WideProducts() if widen else PlainProducts()
+def choose_kernels(
+    name: KernelsName, threads: int, *, widen: bool = False, products: ProductsName = "torch"
+) -> Kernels:
+    """The kernels that a plan names, `widen` with products in float32, which may be in C too.
+
+    NotNative where the C ones cannot be had here.
+    """
+    if name == "native" and widen and products == "native":
+        return load_native(threads, widen=True)
+    plain = WideProducts() if widen else PlainProducts()
     if name == "native":
-        return load_native(threads, products)
-    return FlexKernels(products) if name == "flex" else TorchKernels(products)
+        return load_native(threads, plain)
+    return FlexKernels(plain) if name == "flex" else TorchKernels(plain)
 
 
 def best_kernels(device: str, dtype: str) -> tuple[KernelsName, str]:
