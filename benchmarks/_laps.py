@@ -138,10 +138,12 @@ def _peak_of(line: Mapping[str, Any]) -> float:
     return float(line["product_flops"] / (line["seconds"] * share)) if share else 0.0
 
 
-def peer_lap(course: Course, scratch: Path, peer: Peer, *, micro: int, accumulate: int) -> Lap:
-    """The peer's script in its own environment, as its own users run it: bf16, unpacked."""
+def peer_lap(
+    course: Course, scratch: Path, peer: Peer, *, micro: int, accumulate: int, precision: str = "bf16"
+) -> Lap:
+    """The peer's script in its own environment, as its own users run it: unpacked."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        sizes = ("--micro-batch", str(micro), "--accumulate", str(accumulate), "--precision", "bf16")
+        sizes = ("--micro-batch", str(micro), "--accumulate", str(accumulate), "--precision", precision)
         steps = ("--steps", str(course.num_steps), "--warm", str(course.num_warm))
         given: tuple[str | Path, ...] = (
             "--model",

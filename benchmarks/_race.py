@@ -82,10 +82,11 @@ class MynaVariant:
 class PeerVariant:
     micro: int
     accumulate: int
+    precision: str = "bf16"
 
     @property
     def name(self) -> str:
-        return f"TRL bf16 {self.micro}×{self.accumulate}"
+        return f"TRL {self.precision} {self.micro}×{self.accumulate}"
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ def speed(laps: Sequence[Lap]) -> Spread:
 
 
 def best_peer(race: Race) -> str | None:
-    """The peer's variant with the fastest median, None in a race without a peer."""
-    names = [variant.name for variant in race.peers]
+    """The peer's bf16 variant with the fastest median, None in a race without a peer: what the bars are held against."""
+    names = [variant.name for variant in race.peers if variant.precision == "bf16"]
     return max(names, key=lambda name: speed(race.quiet[name]).middle, default=None)
 
 
@@ -129,14 +130,18 @@ def figures(race: Race) -> list[Figure]:
 
 
 def _speeds(race: Race) -> list[Figure]:
+    """Against the peer's best in bf16, and without a bar against what its users may run on a CPU that is slow in bf16."""
     best = best_peer(race)
     if best is None:
         return []
-    theirs, found = [lap.tokens_per_s for lap in race.quiet[best]], []
-    for variant in race.myna:
-        value, rounds = ratio([lap.tokens_per_s for lap in race.quiet[variant.name]], theirs)
-        bar = SPEED_BARS.get(race.workload, {}).get(variant.quantize)
-        found.append(Figure(f"{variant.name}: tokens/s ÷ {best}", value, rounds, bar))
+    others = [variant.name for variant in race.peers if variant.precision != "bf16"]
+    found = []
+    for name in (best, *others):
+        theirs = [lap.tokens_per_s for lap in race.quiet[name]]
+        for variant in race.myna:
+            value, rounds = ratio([lap.tokens_per_s for lap in race.quiet[variant.name]], theirs)
+            bar = SPEED_BARS.get(race.workload, {}).get(variant.quantize) if name == best else None
+            found.append(Figure(f"{variant.name}: tokens/s ÷ {name}", value, rounds, bar))
     return found
 
 

@@ -96,9 +96,12 @@ def run_race(arguments: argparse.Namespace, scratch: Path) -> Race:
 
 
 def peer_variant(text: str) -> PeerVariant:
-    """`2x4`: rows of a micro-batch, micro-batches of a step. ValueError where it is no such text."""
-    micro, accumulate = text.split("x")
-    return PeerVariant(int(micro), int(accumulate))
+    """`2x4`: rows of a micro-batch, micro-batches of a step; `2x4-fp32`. ValueError where it is no such text."""
+    sizes, _, precision = text.partition("-")
+    micro, accumulate = sizes.split("x")
+    if precision not in ("", "fp32"):
+        raise ValueError(text)
+    return PeerVariant(int(micro), int(accumulate), precision or "bf16")
 
 
 def lap_runner(arguments: argparse.Namespace, scratch: Path) -> RunLap:
@@ -114,7 +117,8 @@ def lap_runner(arguments: argparse.Namespace, scratch: Path) -> RunLap:
             quantize, kernels = variant.quantize, variant.kernels
             return myna_lap(course, scratch, dtype="bf16", quantize=quantize, kernels=kernels)
         assert peer is not None
-        return peer_lap(course, scratch, peer, micro=variant.micro, accumulate=variant.accumulate)
+        sizes = {"micro": variant.micro, "accumulate": variant.accumulate}
+        return peer_lap(course, scratch, peer, precision=variant.precision, **sizes)
 
     return run
 
@@ -203,7 +207,7 @@ def _arguments() -> argparse.Namespace:
     add("--data", type=Path, required=True, help="rows: prompt and answer, or messages")
     add("--peer", type=Path, help="the peer's script")
     add("--peer-python", type=Path, help="the interpreter of the peer's environment")
-    add("--peer-variants", nargs="+", default=PEER_VARIANTS, metavar="MICROxACCUMULATE")
+    add("--peer-variants", nargs="+", default=PEER_VARIANTS, metavar="MICROxACCUMULATE[-fp32]")
     add(
         "--quantize", nargs="+", choices=("none", "int8"), default=["none", "int8"], help="Myna's frozen base"
     )

@@ -226,6 +226,10 @@ def unused_settings(recipe: Recipe, plan: FrozenPlan) -> Iterator[str]:
         yield f"train.max_steps is {settings.max_steps}, but {epochs} {plan.num_steps} steps: train.epochs gives more"
     if settings.checkpoint_to != "device" and not plan.checkpoint_layers:
         yield f"train.checkpoint_to: {settings.checkpoint_to} is not used: no layer is run again in the backward"
+    asked = os.environ.get(KERNELS_VARIABLE, plan.kernels)
+    if asked not in ("", plan.kernels):
+        why = plan.kernels_reason or f"the run was planned with {KERNELS_WORDS[plan.kernels]}"
+        yield f"{KERNELS_VARIABLE}={asked} changes nothing here: {why}"
 
 
 def longest_pack(lengths: Sequence[int], batch_size: int, pack_tokens: int, *, padded: bool) -> int:

@@ -103,6 +103,15 @@ def test_the_best_peer_has_the_fastest_median() -> None:
     assert best_peer(race(peers=())) is None
 
 
+def test_a_peer_in_fp32_stands_beside_the_bars_and_is_not_held_against_them() -> None:
+    peers = (PeerVariant(2, 4), PeerVariant(2, 4, "fp32"))
+    quiet = dict(race().quiet) | {"TRL fp32 2×4": [lap(200), lap(200), lap(200)]}
+    made = race(peers=peers, quiet=quiet)
+    assert best_peer(made) == "TRL bf16 2×4"
+    assert figure(made, "Myna bf16: tokens/s ÷ TRL bf16 2×4")[1] == "must"
+    assert figure(made, "Myna bf16: tokens/s ÷ TRL fp32 2×4") == (1.5, "")
+
+
 def test_speeds_are_ratios_of_medians_with_the_spread_of_the_rounds() -> None:
     value, rounds = ratio([300, 330, 200], [100, 110, 95])
     assert value == 3.0
@@ -168,6 +177,10 @@ def test_both_sides_take_turns() -> None:
 
 def test_the_peers_variants_are_as_they_are_raced() -> None:
     assert [(v.micro, v.accumulate) for v in map(peer_variant, PEER_VARIANTS)] == [(2, 4), (4, 2), (8, 1)]
+    assert peer_variant("2x4-fp32") == PeerVariant(2, 4, "fp32")
+    for text in ("2", "2x4-fp64", "axb"):
+        with pytest.raises(ValueError):
+            peer_variant(text)
 
 
 def test_the_page_shows_every_variant_bar_and_loss() -> None:

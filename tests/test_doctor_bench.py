@@ -81,16 +81,16 @@ def test_the_work_of_a_token_is_the_engine_s(name: str, target_share: float) -> 
 
 def test_what_is_expected_follows_from_the_peak() -> None:
     flops = flops_a_token(SHAPES["1B"])
-    assert flops == expect("1B", "int8", "bf16", 1e12, 1e15, has_kernels=True).flops_a_token
-    for base, share in SHARE_OF_PEAK.items():
-        found = expect("1B", base, "bf16", 3e12, 1e15, has_kernels=True)
-        assert found.tokens_per_s == pytest.approx(3e12 * share / flops)
+    assert flops == expect("1B", "int8", "bf16", 1e12, 0.3, 1e15, has_kernels=True).flops_a_token
+    for base in ("bf16", "fp32", "int8"):
+        found = expect("1B", base, "bf16", 3e12, 0.3, 1e15, has_kernels=True)
+        assert found.tokens_per_s == pytest.approx(9e11 / flops)
         assert found.fits
-        assert not expect("1B", base, "bf16", 3e12, found.memory_bytes - 1, has_kernels=True).fits
-        assert expect("1B", base, "bf16", 3e12, found.memory_bytes, has_kernels=True).fits
-    assert expect("1B", "int8", "bf16", None, 1e15, has_kernels=True).tokens_per_s is None
+        assert not expect("1B", base, "bf16", 3e12, 0.3, found.memory_bytes - 1, has_kernels=True).fits
+        assert expect("1B", base, "bf16", 3e12, 0.3, found.memory_bytes, has_kernels=True).fits
+    assert expect("1B", "int8", "bf16", None, 0.3, 1e15, has_kernels=True).tokens_per_s is None
     memory = [
-        expect(name, base, "bf16", 1, 1, has_kernels=True).memory_bytes
+        expect(name, base, "bf16", 1, 1, 1, has_kernels=True).memory_bytes
         for name in ("135M", "8B")
         for base in ("int8", "bf16")
     ]
@@ -161,7 +161,7 @@ def test_the_doctor_measures(myna: Command) -> None:
     for entry in report["training"]:
         widened = entry["base"] == "bf16" and not fast
         peak = report["findings"]["peak:fp32" if widened else f"peak:{entry['base']}"]["value"]
-        flops = peak * SHARE_OF_PEAK[entry["base"]] / entry["tokens_per_s"]
+        flops = peak * SHARE_OF_PEAK[fast][entry["base"]] / entry["tokens_per_s"]
         assert flops == pytest.approx(entry["flops_a_token"])
 
 

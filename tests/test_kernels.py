@@ -237,7 +237,8 @@ def low_term(rows: int, width: int, dtype: torch.dtype) -> LowRankTerm:
 
 
 # one row and one rank, more than a panel or chunk of each, multiples of vectors and none
-LOW_RANK = [(1, 1, 1), (3, 5, 2), (16, 128, 16), (67, 130, 21), (130, 300, 48), (65, 129, 77)]
+# the last: more ranks than an outer product takes at a time
+LOW_RANK = [(1, 1, 1), (3, 5, 2), (16, 128, 16), (67, 130, 21), (130, 300, 48), (65, 129, 77), (9, 40, 523)]
 
 
 @kinds

@@ -109,6 +109,18 @@ def test_settings_that_change_nothing_are_said() -> None:
     assert said(checkpoint_to="disk", gradient_checkpointing="all") == []
 
 
+def test_kernels_that_are_asked_for_and_not_planned_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run obeys its plan, whatever the variable says by then."""
+    asked, began = recipe(), replace(plan(), kernels="native", kernels_reason="")
+    monkeypatch.setenv("MYNA_KERNELS", "torch")
+    (said,) = unused_settings(asked, began)
+    assert said == "MYNA_KERNELS=torch changes nothing here: the run was planned with C kernels"
+    monkeypatch.setenv("MYNA_KERNELS", "native")
+    assert list(unused_settings(asked, began)) == []
+    (said,) = unused_settings(asked, replace(began, kernels="torch", kernels_reason="no compiler"))
+    assert said == "MYNA_KERNELS=native changes nothing here: no compiler"
+
+
 def test_what_was_decided_is_said() -> None:
     said = " | ".join(plan(train={"packed": False}).sentences())
     assert "reference path: train.packed is false" in said and "kernels" not in said

@@ -12,7 +12,7 @@ from exactness import ORDER_BOUND, PATH_BOUND, adapted, example, related_example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from myna.data.packing import MIN_SHARED, Segment, collate
+from myna.data.packing import MIN_SHARED, MOST_NESTED, Segment, collate
 from myna.data.render import Example
 from myna.engine.step import KernelsName, Stepper, make_stepper
 
@@ -102,6 +102,15 @@ def test_a_tree_literally() -> None:
 
 tokens = st.lists(st.integers(0, 2), min_size=1, max_size=14)
 many_rows = st.lists(tokens, min_size=1, max_size=9)
+
+
+def test_beginnings_of_beginnings_end_somewhere() -> None:
+    """A thousand rows, each the next one's beginning: no recursion as deep as that, and every row still its own."""
+    rows = [list(range(MIN_SHARED * (n + 1))) for n in range(1200)]
+    batch = collate([example(row) for row in rows], share=True)
+    assert max(map(len, batch.documents)) <= MOST_NESTED + 1
+    for number in (0, 1, 255, 256, 257, 1199):
+        assert batch.input_ids_T[batch.tokens_of(number)].tolist() == rows[number]
 
 
 @given(many_rows)

@@ -27,6 +27,7 @@ Pack = tuple[int, ...]
 Step = tuple[Pack, ...]
 
 MIN_SHARED = 4  # tokens; a shorter common beginning saves less than another segment costs
+MOST_NESTED = 256  # beginnings of beginnings; rows that have still more in common repeat it
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def _tree(ids: Sequence[np.ndarray]) -> tuple[list[Segment], list[tuple[int, ...
         start = first
         while start < last:
             end = start + 1
-            while end < last and common[end - 1] >= depth + MIN_SHARED:
+            while end < last and len(path) < MOST_NESTED and common[end - 1] >= depth + MIN_SHARED:
                 end += 1
             shared = min((common[k] for k in range(start, end - 1)), default=len(ids[order[start]]))
             number = len(segments)

@@ -18,7 +18,7 @@ from myna.engine.compiler import NotNative
 from myna.engine.dropout import DropoutMask
 from myna.engine.kernels import ActivationName, AttentionSpec, LowRankTerm, Norm, Rope
 from myna.engine.layout import PackLayout
-from myna.engine.native_call import NativeCall, in_rows, whole_vectors
+from myna.engine.native_call import WIDEST_VECTOR, NativeCall, in_rows, whole_vectors
 from myna.engine.native_library import NativeLibrary, native_library
 from myna.engine.native_products import NativeProducts
 from myna.engine.products import Products
@@ -237,11 +237,13 @@ class NativeKernels(TorchKernels):
         dtype: torch.dtype,
     ) -> torch.Tensor:
         y = torch.empty(sums.shape, dtype=dtype)
-        added: tuple[Any, ...] = (None, 0, None, 0, 0, None, 0, None)
+        added: tuple[Any, ...] = (None, 0, None, 0, 0, None, 0, None, None)
         if low is not None:
             h, m = in_rows(low.h_TR), in_rows(low.m_RN)
             panels = self._room("panels", len(m), whole_vectors(m.shape[1]))
-            added = (h, h.stride(0), m, m.stride(0), len(m), low.blocks_B4, len(low.blocks_B4), panels)
+            wide = self._room("h", whole_vectors(len(h)), len(m) + WIDEST_VECTOR)
+            blocks = low.blocks_B4
+            added = (h, h.stride(0), m, m.stride(0), len(m), blocks, len(blocks), panels, wide)
         self._call("myna_dequantize", y, sums, row_scale, column_scale, bias, *added, y, *y.shape)
         return y
 

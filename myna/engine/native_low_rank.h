@@ -51,12 +51,6 @@ LOW_TILE(4, 3) LOW_TILE(4, 2) LOW_TILE(4, 1) LOW_TILE(8, 1)
 #endif
 enum { LOW_WIDE = 3 * VW, LOW_CHUNK = 128, LOW_TOKENS = 16 };
 
-/* room of a running piece: from the stack of the thread where it fits, else from the heap */
-#define SCRATCH(name, floats)                                                                 \
-    float name##_near[16384] __attribute__((aligned(64)));                                    \
-    float *name = (floats) <= 16384 ? name##_near : (float *)malloc(sizeof(float) * (floats))
-#define SCRATCH_END(name) do { if (name != name##_near) free(name); } while (0)
-
 /* vectors in a panel whose first column is `at` of n */
 ALWAYS int panel_vectors(int64_t at, int64_t n) { return (int)((MIN(LOW_WIDE, n - at) + VW - 1) / VW); }
 
@@ -136,7 +130,7 @@ void NAME(myna_low_rank)(const TYPE *x, int64_t ldx, const TYPE *m, int64_t ldm,
 
 /* ---- outer: into[r][k] += scale · sum over t of g[t][r] · x[t][k]; with `turned` into[0][k · turned + r] ---- */
 
-enum { NAME(OUTER_COLUMNS) = 48, NAME(OUTER_TOKENS) = 64 };
+enum { NAME(OUTER_COLUMNS) = 48, NAME(OUTER_TOKENS) = 64, NAME(OUTER_RANKS) = 256 };
 
 typedef struct {
     const float *g; /* [T][ldg], ldg a multiple of LOW_ROWS */
@@ -151,25 +145,28 @@ static void NAME(outer_piece)(void *job, int64_t piece) {
     const NAME(outer_job) *a = job;
     int64_t first = piece * NAME(OUTER_COLUMNS), width = MIN(NAME(OUTER_COLUMNS), a->K - first), ld = NAME(OUTER_COLUMNS);
     float x[NAME(OUTER_TOKENS) * NAME(OUTER_COLUMNS)] __attribute__((aligned(64)));
+    float sums[NAME(OUTER_RANKS) * NAME(OUTER_COLUMNS)] __attribute__((aligned(64)));
     float scale = a->scale;
-    SCRATCH(sums, a->ldg * ld);
-    memset(sums, 0, sizeof(float) * a->ldg * ld);
-    for (int64_t t = 0; t < a->T; t += NAME(OUTER_TOKENS)) {
-        int64_t n = MIN(NAME(OUTER_TOKENS), a->T - t);
-        NAME(low_pack)(a->x + t * a->ldx + first, a->ldx, n, width, NAME(OUTER_TOKENS), x);
-        for (int64_t at = 0; at < width; at += LOW_WIDE)
-            for (int64_t r = 0; r < a->R; r += LOW_ROWS)
-                low_tile(panel_vectors(at, width), 0, a->g + t * a->ldg + r, 1, a->ldg, x + at * n, n, sums + r * ld + at, ld);
+    for (int64_t from = 0; from < a->R; from += NAME(OUTER_RANKS)) {
+        int64_t to = MIN(a->R, from + NAME(OUTER_RANKS));
+        memset(sums, 0, sizeof sums);
+        for (int64_t t = 0; t < a->T; t += NAME(OUTER_TOKENS)) {
+            int64_t n = MIN(NAME(OUTER_TOKENS), a->T - t);
+            NAME(low_pack)(a->x + t * a->ldx + first, a->ldx, n, width, NAME(OUTER_TOKENS), x);
+            for (int64_t at = 0; at < width; at += LOW_WIDE)
+                for (int64_t r = from; r < to; r += LOW_ROWS)
+                    low_tile(panel_vectors(at, width), 0, a->g + t * a->ldg + r, 1, a->ldg, x + at * n, n,
+                             sums + (r - from) * ld + at, ld);
+        }
+        for (int64_t r = from; r < to && !a->turned; r++) {
+            float *into = a->into[r] + first;
+            for (int64_t k = 0; k < width; k++) into[k] += scale * sums[(r - from) * ld + k];
+        }
+        for (int64_t k = 0; k < width && a->turned; k++) {
+            float *into = a->into[0] + (first + k) * a->turned;
+            for (int64_t r = from; r < to; r++) into[r] += scale * sums[(r - from) * ld + k];
+        }
     }
-    for (int64_t r = 0; r < a->R && !a->turned; r++) {
-        float *into = a->into[r] + first;
-        for (int64_t k = 0; k < width; k++) into[k] += scale * sums[r * ld + k];
-    }
-    for (int64_t k = 0; k < width && a->turned; k++) {
-        float *into = a->into[0] + (first + k) * a->turned;
-        for (int64_t r = 0; r < a->R; r++) into[r] += scale * sums[r * ld + k];
-    }
-    SCRATCH_END(sums);
 }
 
 void NAME(myna_add_outer)(const TYPE *g, int64_t ldg, const TYPE *x, int64_t ldx, float *wide, float *const *into,
@@ -188,6 +185,7 @@ typedef struct {
     const float *row, *column;
     const TYPE *bias, *h;
     const float *panels;
+    float *wide;           /* h in float32, [T rounded up to LOW_ROWS][R + VW] */
     const int64_t *blocks; /* [B][4]: the columns [0], [1]) and ranks [2], [3]) of m's blocks; outside of them it is 0 */
     TYPE *out;
     int64_t T, N, R, B, ldh;
@@ -208,8 +206,8 @@ static void NAME(dequantize_piece)(void *job, int64_t piece) {
     const NAME(dequantize_job) *a = job;
     int64_t first = piece * LOW_ROWS, end = MIN(a->T, first + LOW_ROWS);
     float y[LOW_ROWS * LOW_WIDE] __attribute__((aligned(64)));
-    SCRATCH(h, LOW_ROWS * (a->R + VW));
     int64_t ld = a->R + VW;
+    float *h = a->wide + first * ld;
     if (a->R) NAME(low_rows)(a->h, a->ldh, first, LOW_ROWS, a->T, 0, a->R, h, ld);
     for (int64_t at = 0; at < a->N; at += LOW_WIDE) {
         int64_t width = MIN(LOW_WIDE, a->N - at), from, to;
@@ -232,13 +230,12 @@ static void NAME(dequantize_piece)(void *job, int64_t piece) {
             }
         }
     }
-    SCRATCH_END(h);
 }
 
 void NAME(myna_dequantize)(const int32_t *sums, const float *row, const float *column, const TYPE *bias, const TYPE *h,
                            int64_t ldh, const TYPE *m, int64_t ldm, int64_t R, const int64_t *blocks, int64_t B,
-                           float *panels, TYPE *out, int64_t T, int64_t N) {
+                           float *panels, float *wide, TYPE *out, int64_t T, int64_t N) {
     NAME(low_pack)(m, ldm, R, N, 0, panels);
-    NAME(dequantize_job) job = {sums, row, column, bias, h, panels, blocks, out, T, N, R, B, ldh};
+    NAME(dequantize_job) job = {sums, row, column, bias, h, panels, wide, blocks, out, T, N, R, B, ldh};
     for_pieces(NAME(dequantize_piece), &job, (T + LOW_ROWS - 1) / LOW_ROWS);
 }
