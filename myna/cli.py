@@ -16,6 +16,8 @@ import typer
 
 import myna
 from myna.chat_command import chat
+from myna.data_commands import check as data_check
+from myna.data_commands import convert as data_convert
 from myna.engine.threads import BRIEF_SPIN
 from myna.errors import Interrupted, MynaError, UsageError
 from myna.show import Show
@@ -135,6 +137,10 @@ def init(
 
 for command in (merge, export, evaluate, verify, chat):
     app.command()(command)
+
+
+data_app.command("check")(data_check)
+data_app.command("convert")(data_convert)
 
 
 @data_app.command("show")

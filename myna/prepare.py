@@ -13,7 +13,7 @@ from typing import Any
 import myna
 from myna.data.conversation import Conversation
 from myna.data.render import ChatTokenizer, Example, load_chat_tokenizer, render_example
-from myna.data.rows import LoadedRows, as_row, load_conversations
+from myna.data.rows import LoadedRows, as_row, load_rows
 from myna.data.split import drop_overlap, split_rows
 from myna.engine.optim import default_learning_rate
 from myna.errors import DataError, RecipeError
@@ -155,13 +155,9 @@ def _read_rows(
     recipe: Recipe, say: Say
 ) -> tuple[dict[str, LoadedRows], list[Conversation], list[Conversation]]:
     data = recipe.data
-    loaded = {
-        "train": load_conversations(
-            Path(data.train), format_name=data.format, columns=data.columns, max_rows=recipe.train.max_rows
-        )
-    }
+    loaded = {"train": load_rows(data.train, data, max_rows=recipe.train.max_rows)}
     if data.test:
-        loaded["test"] = load_conversations(Path(data.test), format_name=data.format, columns=data.columns)
+        loaded["test"] = load_rows(data.test, data)
     for rows in loaded.values():
         for sentence in rows.said:
             say(sentence)

@@ -11,7 +11,7 @@ from typing import Any
 from rich.text import Text
 
 from myna.data.render import IGNORE, Example, load_chat_tokenizer, render_example
-from myna.data.rows import load_conversations
+from myna.data.rows import load_rows
 from myna.errors import DataError
 from myna.model.sources import resolve_base
 from myna.prepare import DEFAULT_MAX_LENGTH
@@ -53,9 +53,7 @@ class ShownRow:
 def preview_rows(recipe: Recipe, num_rows: int, say: Callable[[str], None]) -> list[ShownRow]:
     """The first rows of data.train, rendered by the one function that training renders with."""
     data = recipe.data
-    loaded = load_conversations(
-        Path(data.train), format_name=data.format, columns=data.columns, max_rows=num_rows
-    )
+    loaded = load_rows(data.train, data, max_rows=num_rows)
     say(f"{Path(data.train).name}: {loaded.format_name}, the first {loaded.num_rows} rows")
     tokenizer = load_chat_tokenizer(resolve_base(recipe.model.base, say).folder)
     shown = []

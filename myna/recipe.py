@@ -55,12 +55,28 @@ class ModelSettings(Section):
 
 
 class DataSettings(Section):
-    train: PathText = Field(description="rows to learn: .jsonl .json .csv .tsv .parquet")
+    train: PathText = Field(
+        description="rows to learn: a file, a folder of files, or a pattern of names (docs/data.md)"
+    )
     test: str | None = Field(None, description="held-out rows; default: a part of data.train")
     test_fraction: Fraction = Field(0.1, description="the part of data.train held out where no test is given")
-    format: str = Field("auto", description="auto · prompt_answer · alpaca · messages · sharegpt")
+    format: str = Field(
+        "auto", description="auto, or a shape by its name (docs/data.md): messages · alpaca · squad …"
+    )
     columns: dict[str, str] = Field(default_factory=dict, description="our key: your key, where they differ")
     system: str | None = Field(None, description="system text for conversations that have none")
+    train_on: Literal["all", "last"] = Field(
+        "all", description="the assistant turns that are learnt: all · last (earlier ones are context)"
+    )
+    no_answer: PathText = Field(
+        "unanswerable", description="the answer to a question that its text does not answer (SQuAD v2)"
+    )
+    paths: Literal["best", "all"] = Field(
+        "best", description="of a tree of replies: the best ranked path · all"
+    )
+    language: str | None = Field(
+        None, description="of trees of replies, those in this language alone: en, de, fa"
+    )
     max_length: Annotated[int, Field(ge=8)] | None = Field(
         None, description="longest row in tokens; default: the model's context, at most 2048"
     )

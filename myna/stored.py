@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from myna.data.conversation import Conversation
-from myna.data.rows import load_conversations
+from myna.data.rows import load_conversations, load_rows
+from myna.data.sources import WILD
 from myna.errors import RecipeError, UsageError
 from myna.model.hub import PREFIX
 from myna.model.sources import BaseFiles, Say, known_sha256, resolve_base
@@ -14,8 +15,11 @@ from myna.run import Run, folder_files, run_path
 
 
 def run_of(recipe: Recipe) -> Run:
-    """The run a recipe names: run.name, else the stem of its training file, under ./runs."""
-    name = recipe.run.name or Path(recipe.data.train).name.partition(".")[0]
+    """The run a recipe names: run.name, else the stem of its training file or folder, under ./runs."""
+    path = Path(recipe.data.train)
+    while any(c in path.name for c in WILD):  # of a pattern the folder that it looks in
+        path = path.parent
+    name = recipe.run.name or path.name.partition(".")[0]
     if not name:
         raise RecipeError("run.name is missing and data.train gives none", help="--set run.name=NAME")
     return Run(run_path(name))
@@ -98,9 +102,7 @@ def training_rows(run: Run, max_rows: int) -> tuple[Conversation, ...]:
     data = stored_recipe(run).data
     if not data.train:
         return ()
-    loaded = load_conversations(
-        Path(data.train), format_name=data.format, columns=data.columns, max_rows=max_rows
-    )
+    loaded = load_rows(data.train, data, max_rows=max_rows)
     tested = {row.messages for row in held_out(run)}
     rows = (row.with_system(data.system) for row in loaded.conversations)
     return tuple(row for row in rows if row.messages not in tested)

@@ -134,7 +134,7 @@ def test_ctrl_c_in_a_stage_says_how_to_go_on(
     def pressed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(preview, "load_conversations", pressed)
+    monkeypatch.setattr(preview, "load_rows", pressed)
     code, error = one_error(myna, "data", "show", "recipe.yaml")
     assert code == 130
     assert error["code"] == "interrupted" and error["help"] == "the same command again goes on"

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from myna.data.conversation import Conversation, Message, Place, Row
-from myna.data.formats import Detected, detect_format, differing, to_conversation
+from myna.data.detect import Detected, detect_format, differing
+from myna.data.formats import to_conversations
 from myna.errors import DataError, RecipeError
 
 U, A, S = "user", "assistant", "system"
@@ -30,7 +31,9 @@ def read(values: dict[str, Any], columns: dict[str, str] | None = None) -> tuple
     """As a file of this one row is read: found out, then made a conversation."""
     one = row(values)
     found = detect_format([one], columns=columns)
-    conversation = to_conversation(one, found.name, found.keys)
+    (conversation,) = to_conversations(one, found.name, found.keys)
+    if isinstance(conversation, DataError):
+        raise conversation
     assert conversation.place == one.place
     return conversation.messages
 
@@ -137,7 +140,7 @@ def test_columns_name_the_users_keys() -> None:
 
 def test_to_conversation_finds_the_keys_by_itself() -> None:
     one = row({"question": "q", "answer": "a"})
-    assert to_conversation(one, "prompt_answer", {}) == Conversation(PAIR, one.place)
+    assert list(to_conversations(one, "prompt_answer", {})) == [Conversation(PAIR, one.place)]
 
 
 def test_what_is_found_out_is_said() -> None:
@@ -264,7 +267,8 @@ def turns(*pairs: tuple[Any, Any]) -> dict[str, Any]:
         ({"messages": []}, "D013", "holds no messages"),
         ({"messages": None}, "D013", "holds no messages"),
         ({"messages": "hello"}, "D014", "not a list of messages"),
-        ({"messages": ["hello"]}, "D014", "message 1 is a text, not an object"),
+        ({"messages": ["hello"]}, "D016", "the last message is from user"),  # LIMA's texts in turn
+        ({"messages": ["hello", 3]}, "D014", "message 1 is a text, not an object"),
         (turns((U, ""), (A, "a")), "D013", "message 1 (user) is empty"),
         (turns((U, "q"), (A, None)), "D013", "message 2 (assistant) is null"),
         (turns((U, "q"), (A, 42)), "D014", "message 2 (assistant) is a number"),
@@ -282,8 +286,8 @@ def turns(*pairs: tuple[Any, Any]) -> dict[str, Any]:
             "`tool_calls` is not supported yet",
         ),
         (
-            {"messages": [{"role": U, "content": "q"}, {"role": A, "content": "a", "weight": 0}]},
-            "D017",
+            {"messages": [{"role": U, "content": "q"}, {"role": A, "content": "a", "weight": 0.5}]},
+            "D014",
             "`weight`",
         ),
         (turns((U, [{"type": "image_url"}]), (A, "a")), "D017", "`image_url` is not supported yet"),

@@ -1,25 +1,167 @@
-"""Public rows in many dresses, where a checkout has them beside it: all load to the same conversations."""
+"""Public rows in many dresses, and odd and broken files, where a checkout has them beside it."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from myna.data.rows import load_conversations
+from myna.data.rows import ReadRows, load_conversations, read_conversations
+from myna.data.shapes import Reading
+from myna.errors import DataError
 
-DRESSES = (
-    *("alpaca.json", "alpaca.jsonl", "alpaca.csv", "alpaca.parquet", "messages.jsonl", "sharegpt.json"),
-    *("prompt_completion.jsonl", "question_answer.jsonl", "sharegpt_role_content.json"),
-)
+# what each file of formats/ is found to be; text rows have no answer, and are not read yet
+DRESSES: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "alpaca.arrow",
+            "alpaca.csv",
+            "alpaca.json",
+            "alpaca.jsonl",
+            "alpaca.jsonl.gz",
+            "alpaca.parquet",
+            "alpaca.tsv",
+        ),
+        "alpaca",
+    ),
+    "alpaca.xlsx": "alpaca",
+    "dolly.jsonl": "alpaca",
+    "messages.jsonl": "messages",
+    "messages.parquet": "messages",
+    "messages_system.jsonl": "messages",
+    "prompt_completion.jsonl": "prompt_answer",
+    "question_answer.jsonl": "prompt_answer",
+    "sharegpt.json": "sharegpt",
+    "sharegpt_role_content.json": "sharegpt",
+}
+
+
+def there(folder: Path, name: str) -> Path:
+    if not (folder / name).exists():
+        pytest.skip(f"the shared rows have no {name}")
+    return folder / name
 
 
 @pytest.mark.parametrize("name", DRESSES)
 def test_every_dress_is_the_same_rows(shared_data: Path, name: str) -> None:
-    path = shared_data / "formats" / name
-    if not path.is_file():
-        pytest.skip(f"the shared rows have no {name}")
+    path = there(shared_data / "formats", name)
     first = load_conversations(shared_data / "formats" / "question_answer.jsonl").conversations
-    found = load_conversations(path).conversations
-    assert len(found) == 120
-    assert [c.messages[-2:] for c in found] == [c.messages[-2:] for c in first]
+    loaded = load_conversations(path)
+    assert loaded.format_name == DRESSES[name] and loaded.confidence == 1
+    assert len(loaded.conversations) == 120
+    assert [c.messages[-2:] for c in loaded.conversations] == [c.messages[-2:] for c in first]
+    assert {len(c.messages) for c in loaded.conversations} == {3 if name == "messages_system.jsonl" else 2}
+
+
+def bad_lines(read: ReadRows) -> list[int]:
+    """Lines or row numbers of the faults, each once."""
+    numbers = (
+        str(error.where).split(",")[0].replace(": row ", ":").rpartition(":")[2] for error in read.faults
+    )
+    return sorted({int(number) for number in numbers if number.isdigit()})
+
+
+# name: (conversations that are read, lines with a fault; None: the whole file is refused, by this code)
+NASTY: dict[str, tuple[int, list[int] | str]] = {
+    "broken_lines.jsonl": (12, [4, 7, 10, 11, 12, 13, 19]),
+    "bom_utf8.jsonl": (12, []),
+    "crlf.jsonl": (12, []),
+    "cr_only.jsonl": (12, []),
+    "blank_lines_no_final_newline.jsonl": (12, []),
+    "utf16le_bom.jsonl": (12, []),
+    "mixed_encodings.jsonl": (3, [2, 4]),
+    "empty_conversations.jsonl": (1, [1, 2, 3, 4, 5, 6, 7, 8, 10, 11]),
+    "wrong_role_order.jsonl": (1, [1, 2, 3, 4, 5, 6, 7, 8, 9]),
+    "duplicates.jsonl": (14, []),
+    "very_long_rows.jsonl": (5, []),
+    "not_jsonl_but_array.jsonl": (6, []),
+    "jsonl_named.json": (6, []),
+    "concatenated_objects.json": (4, []),
+    "nested_under_data.json": (4, []),
+    "openai_export.jsonl": (4, [3]),
+    "semicolon.csv": (2, []),
+    "one_row.jsonl": (1, []),
+    "good.jsonl.gz": (12, []),
+    "plain_named.jsonl.gz": (12, []),
+    "preference_bad.jsonl": (3, [2, 3, 4, 6]),
+    "secrets_and_pii.jsonl": (5, []),
+    "empty.jsonl": (0, "D006"),
+    "only_whitespace.jsonl": (0, "D006"),
+    "no_header.tsv": (0, "D010"),
+    "zip_named.jsonl": (0, "D007"),
+    "latin1.csv": (0, "D002"),
+}
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_odd_and_broken_files(shared_data: Path, name: str) -> None:
+    path, (num_good, faulty) = there(shared_data / "nasty", name), NASTY[name]
+    try:
+        read = read_conversations(path)
+    except DataError as error:
+        assert error.code == faulty, error
+        return
+    assert len(read.conversations) == num_good
+    if isinstance(faulty, str):
+        assert {error.code for error in read.faults} == {faulty}
+    else:
+        assert bad_lines(read) == faulty
+
+
+def test_a_gzip_file_that_is_cut_short_says_so(shared_data: Path) -> None:
+    with pytest.raises(DataError, match="the gzip file is cut short") as caught:
+        read_conversations(there(shared_data / "nasty", "truncated.jsonl.gz"))
+    assert caught.value.code == "D007"
+
+
+def test_weights_of_turns_are_kept(shared_data: Path) -> None:
+    read = read_conversations(there(shared_data / "nasty", "openai_export.jsonl"))
+    assert [c.messages[-1].trained for c in read.conversations] == [False, True, True, False]
+
+
+# name: what its shape is found to be, and how many conversations it holds at least
+SETS: dict[str, tuple[str, int]] = {
+    "qa/persianqa_test_split.json": ("squad", 300),
+    "qa/pquad_validation_part.json": ("squad", 300),
+    "qa/xquad.ar.json": ("squad", 100),
+    "qa/xquad.en.json": ("squad", 100),
+    "qa/xquad.tr.json": ("squad", 100),
+    "qa/xquad.zh.json": ("squad", 100),
+    "sft/chatterbot_english.jsonl": ("sharegpt", 100),
+    "sft/chatterbot_persian.jsonl": ("sharegpt", 100),
+    "sft/instruction_data_alpaca.json": ("alpaca", 100),
+    "sft/oasst_flat_messages.json": ("flat_tree", 10),
+    "sft/oasst_message_trees.jsonl": ("tree", 10),
+    "sft/sharegpt_dummy_conversation.json": ("sharegpt", 10),
+    "preference/dpo_en.json": ("preference", 200),
+    "preference/kto_en.json": ("kto_messages", 200),
+    "preference/polite_impolite_pref.json": ("preference", 700),
+    "preference/v1_dpo_parts.jsonl": ("preference", 10),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_public_sets_are_read_as_they_are(shared_data: Path, name: str) -> None:
+    shape, at_least = SETS[name]
+    read = read_conversations(there(shared_data, name))
+    assert read.detected and read.detected.name == shape
+    assert len(read.conversations) >= at_least
+    # rows that end with a question, threads in which one speaker answers himself: said, and not read
+    assert {error.code for error in read.faults} <= {"D013", "D016", "D018"}, read.faults[:3]
+
+
+def test_every_path_of_a_tree_is_more_than_the_best(shared_data: Path) -> None:
+    path = there(shared_data, "sft/oasst_message_trees.jsonl")
+    best, every = (read_conversations(path, reading=Reading(paths=p)).conversations for p in ("best", "all"))
+    assert len(every) > len(best) > 0
+    assert {c.messages for c in best} <= {c.messages for c in every}
+
+
+def test_texts_in_persian_come_through_as_they_stand(shared_data: Path) -> None:
+    path = there(shared_data, "qa/persianqa_test_split.json")
+    first: Any = json.loads(path.read_text(encoding="utf-8"))["data"][0]["paragraphs"][0]
+    conversation = read_conversations(path).conversations[0]
+    assert conversation.messages[0].content == f"{first['context']}\n\n{first['qas'][0]['question']}"
+    assert conversation.answer() == first["qas"][0]["answers"][0]["text"]

@@ -26,7 +26,17 @@ CODES: Mapping[str, str] = {
     "D015": "an unknown role",
     "D016": "turns out of order",
     "D017": "something not supported yet",
+    "D018": "a pair that is none",
     "D020": "nothing left to train on",
+    # rows that can be read and may still be wrong: warnings
+    "D030": "a conversation twice",
+    "D031": "one prompt, two answers",
+    "D032": "a prompt of the test rows",
+    "D033": "one answer nearly always",
+    "D034": "a control token in a text",
+    "D035": "a word of two alphabets",
+    "D036": "a secret or personal data",
+    "D037": "the character NUL",
 }
 
 SHOWN_PLACES = 3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant"]
@@ -12,14 +12,19 @@ ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row stands: a file and its line (JSONL, CSV) or its number (JSON arrays, Parquet), from 1."""
+    """Where a row stands: a file and its line (JSONL, CSV) or its number (JSON arrays, tables), from 1.
+
+    `part` says which part of a row that holds several conversations: a question's id, a path of replies.
+    """
 
     path: str
     line: int
     unit: Literal["line", "row"] = "line"
+    part: str = ""
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}" if self.unit == "line" else f"{self.path}: row {self.line}"
+        place = f"{self.path}:{self.line}" if self.unit == "line" else f"{self.path}: row {self.line}"
+        return f"{place}, {self.part}" if self.part else place
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Message:
+    """A turn. An assistant turn that is not `trained` (weight 0 in OpenAI's rows) is context: no loss looks at it."""
+
     role: Role
     content: str
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,11 @@ class Conversation:
         if not system or (self.messages and self.messages[0].role == "system"):
             return self
         return Conversation((Message("system", system), *self.messages), self.place)
+
+    def last_turn_trained(self) -> Conversation:
+        """The same with every assistant turn but the last one as context."""
+        earlier = (replace(m, trained=m.trained and m.role != "assistant") for m in self.messages[:-1])
+        return Conversation((*earlier, self.messages[-1]), self.place)
 
     def as_dicts(self) -> list[dict[str, str]]:
         """As chat templates and `messages` rows have it."""

@@ -1,4 +1,4 @@
-"""The file under the rows: refused early with a cure, decoded with every bad byte found, and its digest."""
+"""The file under the rows: refused early with a cure, every place that cannot be decoded found, and its digest."""
 
 from __future__ import annotations
 
@@ -6,42 +6,48 @@ import hashlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TextIO
 
 from myna.data.check import fault, named, nearest
 from myna.data.conversation import Place
+from myna.data.opened import (
+    BAD_UTF16,
+    HEAD_BYTES,
+    UTF32,
+    DamagedArchiveError,
+    is_utf16,
+    open_bytes,
+    row_suffix,
+)
 from myna.errors import DataError
 
-# How `surrogateescape` brings in bytes that are not UTF-8. Good UTF-8 never decodes to these.
-BAD_BYTE = re.compile("[\udc80-\udcff]")
-HEAD_BYTES = 4096
+# How `open_text` brings in what is not UTF-8, and bad UTF-16. Good text never decodes to these.
+BAD_TEXT = re.compile("[\udc80-\udcff]")
 MAGIC: tuple[tuple[bytes, str], ...] = (
-    (b"\x1f\x8b", "a gzip file"),
     (b"PK\x03\x04", "a zip file (or a spreadsheet)"),
     (b"PAR1", "a Parquet file"),
     (b"ARROW1", "an Arrow file"),
-    (b"\xff\xfe", "UTF-16 text"),
-    (b"\xfe\xff", "UTF-16 text"),
+    (b"%PDF", "a PDF file"),
+    (b"\xd0\xcf\x11\xe0", "an old Office file"),
 )
-SAVE_AS_UTF8 = "save the file as UTF-8"
 ONE_ROW = 'write at least one row into it: {"prompt": "...", "completion": "..."}'
+FEWEST_BYTES = 16  # of which can be told whether they are text in two bytes a letter
+NULS_OF_UTF16 = 0.3  # the part of the first bytes that are NUL in UTF-16 of Latin letters: a half
 
 
 def refuse_unreadable(path: Path, suffixes: Iterable[str]) -> None:
-    """DataError where `path` is missing, a folder, of an unknown suffix, closed to us, or 0 bytes long."""
-    if path.is_dir():
-        raise fault(
-            "D007", "is a folder, not a file of rows", where=str(path), help=_files_in(path, suffixes)
-        )
+    """DataError where the file is missing, of an unknown suffix, closed to us, or 0 bytes long."""
     if not path.exists():
         raise fault("D007", "there is no such file", where=str(path), help=_near_files(path))
-    if path.suffix.lower() not in suffixes:
-        what = f"files that end in `{path.suffix}`" if path.suffix else "files without an ending"
+    if row_suffix(path) not in suffixes:
+        ending = row_suffix(path) or path.suffix
+        what = f"files that end in `{ending}`" if ending else "files without an ending"
         cure = f"rename or convert it to one of {' '.join(suffixes)}"
         raise fault("D007", f"{what} are not read", where=str(path), help=cure)
     try:
-        with path.open("rb") as file:
+        with open_bytes(path) as file:
             empty = not file.read(1)
+    except DamagedArchiveError as error:
+        raise damaged(path, error) from error
     except OSError as error:
         raise fault("D007", f"cannot be read: {error.strerror or error}", where=str(path)) from error
     if empty:
@@ -52,37 +58,56 @@ def no_rows(path: Path) -> DataError:
     return fault("D006", "holds no rows", where=str(path), help=ONE_ROW)
 
 
+def damaged(path: Path, error: DamagedArchiveError, *, num_rows: int = 0) -> DataError:
+    """A compressed file that does not unpack to its end."""
+    after = f" after row {num_rows}" if num_rows else ""
+    cure = "fetch or pack it again; the rows before that place are not read alone"
+    return fault("D007", f"{error}{after}", where=str(path), help=cure)
+
+
 def refuse_binary(path: Path) -> None:
-    """DataError where a file of text is in truth compressed, binary or UTF-16: its bytes are never shown."""
-    with path.open("rb") as file:
+    """DataError where a file of text is in truth binary, or in an encoding that is not read: its bytes are never shown."""
+    with open_bytes(path) as file:
         head = file.read(HEAD_BYTES)
+    if is_utf16(head):
+        return
     what = next((what for magic, what in MAGIC if head.startswith(magic)), None)
+    is_wide = len(head) >= FEWEST_BYTES and head.count(0) > NULS_OF_UTF16 * len(head)
+    if what is None and (head.startswith(UTF32) or is_wide):
+        name = "UTF-32" if head.startswith(UTF32) else "UTF-16 without a byte order mark"
+        cure = to_utf8(path, "UTF-32" if head.startswith(UTF32) else "UTF-16LE")
+        raise fault("D002", f"looks like {name}: it is not read", where=f"{path}:1", help=cure)
     if what is None and b"\0" in head:
         what = "a binary file"
-    if what == "UTF-16 text":
-        raise fault("D002", "is UTF-16, not UTF-8", where=f"{path}:1", help=SAVE_AS_UTF8)
     if what is not None:
-        cure = f"unpack it, or convert it to {path.suffix}"
-        raise fault("D007", f"is {what}, not {path.suffix} text", where=str(path), help=cure)
+        cure = f"unpack it, or convert it to {row_suffix(path)}"
+        raise fault("D007", f"is {what}, not {row_suffix(path)} text", where=str(path), help=cure)
 
 
-def open_text(path: Path, newline: str | None = None) -> TextIO:
-    """The file as UTF-8, with or without a byte order mark; bad bytes pass through for `bad_byte` to find."""
-    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+def to_utf8(path: Path, encoding: str) -> str:
+    """A line to paste that makes UTF-8 of a file in another encoding."""
+    return f"iconv -f {encoding} -t UTF-8 {path.name} > utf8-{path.name}"
 
 
-def bad_byte(line: str, place: Place) -> DataError | None:
-    """The fault of a line that held a byte which is not UTF-8, or None."""
-    found = BAD_BYTE.search(line)
+def bad_text(line: str, place: Place) -> DataError | None:
+    """The fault of a line that held what is not UTF-8 (or UTF-16, where the file begins so), or None."""
+    found = BAD_TEXT.search(line)
     if found is None:
         return None
-    byte = ord(found.group()) - 0xDC00
-    message = f"byte 0x{byte:02X} after {found.start()} characters is not UTF-8"
-    return fault("D002", message, where=place, help=SAVE_AS_UTF8)
+    after = f"after {found.start()} characters"
+    if found.group() == BAD_UTF16 and not _is_utf8_file(place):
+        return fault("D002", f"{after} it is not UTF-16", where=place, help="save the file as UTF-8")
+    message = f"byte 0x{ord(found.group()) - 0xDC00:02X} {after} is not UTF-8"
+    return fault("D002", message, where=place, help=to_utf8(Path(place.path), "WINDOWS-1252"))
+
+
+def _is_utf8_file(place: Place) -> bool:
+    with open_bytes(Path(place.path)) as file:
+        return not is_utf16(file.read(4))
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of the whole file, in hexadecimal."""
+    """The SHA-256 of the whole file as it lies on the disk, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -96,8 +121,3 @@ def _near_files(path: Path) -> str:
     if near:
         return f"did you mean {folder / near}?"
     return f"the files in {folder}: {named(names)}" if names else f"the folder {folder} holds no files"
-
-
-def _files_in(folder: Path, suffixes: Iterable[str]) -> str:
-    names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in suffixes)
-    return f"name one of its files: {named(names)}" if names else f"name a file: {' '.join(suffixes)}"

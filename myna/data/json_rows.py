@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from myna.data.check import fault, named, shown
 from myna.data.conversation import Place, Row
-from myna.data.files import bad_byte, no_rows, open_text, refuse_binary
+from myna.data.files import bad_text, no_rows, refuse_binary
+from myna.data.opened import open_text
 from myna.errors import DataError
 
 ONE_OBJECT_A_LINE = 'every row is one object on one line: {"prompt": "...", "completion": "..."}'
@@ -23,6 +25,9 @@ KIND_OF: Mapping[type, str] = {
     type(None): "null",
     dict: "an object",
 }
+MEND = "mend the file at that place; reading cannot go on after it"
+DEEPEST_LIST = 3  # {"data": {"train": {"rows": [...]}}}
+BETWEEN = re.compile(r"[\s,]*")
 # Stands as a key in an object that names a key twice; its value is that key.
 _TWICE = object()
 
@@ -40,7 +45,7 @@ def scan_jsonl(path: Path) -> Iterator[Row | DataError]:
 
 
 def scan_json(path: Path) -> Iterator[Row | DataError]:
-    """Rows of a .json file: an array, an object that holds one list of objects, or JSONL under that name."""
+    """Rows of a .json file: an array, an object that holds one list of objects, objects one after another, or JSONL."""
     refuse_binary(path)
     first, second = _first_lines(path)
     return _scan_lines(path) if second and _is_object(first) else _scan_document(path)
@@ -69,7 +74,7 @@ def _scan_lines(path: Path) -> Iterator[Row | DataError]:
 
 
 def _row_of_line(line: str, place: Place) -> Row | DataError:
-    bad = bad_byte(line, place)
+    bad = bad_text(line, place)
     if bad:
         return bad
     try:
@@ -95,7 +100,7 @@ def _scan_document(path: Path) -> Iterator[Row | DataError]:
     with open_text(path) as file:
         text = file.read()
     lines = enumerate(text.split("\n"), start=1)
-    bad = [one for number, line in lines if (one := bad_byte(line, Place(str(path), number)))]
+    bad = [one for number, line in lines if (one := bad_text(line, Place(str(path), number)))]
     if bad:
         yield from bad
         return
@@ -103,28 +108,28 @@ def _scan_document(path: Path) -> Iterator[Row | DataError]:
         yield no_rows(path)
         return
     try:
-        document, twice = _decode(text)
+        documents, twice = _decode_all(text)
     except json.JSONDecodeError as error:
-        yield fault("D001", _broken(error), where=Place(str(path), error.lineno), help=_cure(error))
+        yield fault("D001", _broken(error), where=Place(str(path), error.lineno), help=MEND)
         return
     except (ValueError, RecursionError) as error:
         yield fault("D001", f"broken JSON: {_reason(error)}", where=str(path))
         return
-    for number, value in enumerate(_values_of(document, path), start=1):
+    values = _values_of(documents[0], path) if len(documents) == 1 else documents
+    for number, value in enumerate(values, start=1):
         yield _row_of_value(value, Place(str(path), number, "row"), twice)
 
 
 def _values_of(document: Any, path: Path) -> list[Any]:
-    """The rows of a document: itself, its one list of objects, or itself as the only row."""
+    """The rows of a document: itself, the one list of objects in it, or itself as the only row."""
     if isinstance(document, list):
         return document
     if not isinstance(document, dict):
         message = f"the file must hold a list of objects; this is {kind_of(document)}"
         raise fault("D003", message, where=str(path))
-    lists = [key for key, value in document.items() if _is_list_of_objects(value)]
-    if len(lists) == 1 and not _is_turn(document[lists[0]][0]):
-        rows: list[Any] = document[lists[0]]
-        return rows
+    lists = dict(_lists_in(document))
+    if len(lists) == 1 and not _is_turn(next(iter(lists.values()))[0]):
+        return next(iter(lists.values()))
     empty = [key for key, value in document.items() if value == []]
     if len(document) == 1 and empty:
         raise no_rows(path)
@@ -138,6 +143,17 @@ def _values_of(document: Any, path: Path) -> list[Any]:
     )
 
 
+def _lists_in(
+    document: Mapping[str, Any], above: str = "", depth: int = 1
+) -> Iterator[tuple[str, list[Any]]]:
+    """The lists of objects in an object and the objects in it, by their path: `data.train`."""
+    for key, value in document.items():
+        if _is_list_of_objects(value):
+            yield f"{above}{key}", value
+        elif isinstance(value, dict) and depth < DEEPEST_LIST:
+            yield from _lists_in(value, f"{above}{key}.", depth + 1)
+
+
 def _is_list_of_objects(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
 
@@ -149,18 +165,40 @@ def _is_turn(value: Mapping[str, Any]) -> bool:
 
 def _decode(text: str) -> tuple[Any, bool]:
     """The value of a JSON text, and whether an object in it names a key twice (`_twice_in` finds which)."""
-    found = False
+    twice: list[str] = []
+    return json.loads(text, object_pairs_hook=_marking(twice)), bool(twice)
+
+
+def _decode_all(text: str) -> tuple[list[Any], bool]:
+    """The values of JSON texts that stand one after another, with white space or commas between them or nothing."""
+    twice: list[str] = []
+    decoder, values, at = json.JSONDecoder(object_pairs_hook=_marking(twice)), [], _next_value(text, 0)
+    while at < len(text):
+        value, end = decoder.raw_decode(text, at)
+        values.append(value)
+        at = _next_value(text, end)
+        if len(values) == 1 and at < len(text) and not isinstance(value, dict):
+            raise json.JSONDecodeError("Extra data", text, end)
+    return values, bool(twice)
+
+
+def _next_value(text: str, at: int) -> int:
+    found = BETWEEN.match(text, at)
+    return found.end() if found else at
+
+
+def _marking(twice: list[str]) -> Callable[[list[tuple[Any, Any]]], dict[Any, Any]]:
+    """Makes objects of pairs; one that names a key twice gets that key under _TWICE, and it is noted in `twice`."""
 
     def mark(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-        nonlocal found
         values = dict(pairs)
         if len(values) < len(pairs):
-            found = True
             counts = Counter(key for key, _ in pairs)
             values[_TWICE] = next(key for key, count in counts.items() if count > 1)
+            twice.append(values[_TWICE])
         return values
 
-    return json.loads(text, object_pairs_hook=mark), found
+    return mark
 
 
 def _twice_in(value: Any) -> str | None:
@@ -180,9 +218,3 @@ def _broken(error: json.JSONDecodeError) -> str:
 
 def _reason(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
-
-
-def _cure(error: json.JSONDecodeError) -> str:
-    if error.msg == "Extra data":
-        return "put the objects in one list, with commas between them, or each on a line of its own"
-    return "mend the file at that place; reading cannot go on after it"

@@ -198,7 +198,7 @@ def render_pieces(
         prompt_ids = tokenizer.encode(tail + _continuation(prompt, done, conversation))
         answer_ids, tail = _answer(_continuation(whole, prompt, conversation), tokenizer, conversation)
         ids += prompt_ids + answer_ids
-        labels += [IGNORE] * len(prompt_ids) + answer_ids
+        labels += [IGNORE] * len(prompt_ids) + (answer_ids if message.trained else [IGNORE] * len(answer_ids))
         done = whole
     if add_generation_prompt:
         prompt = tokenizer.render_text(conversation, add_generation_prompt=True)

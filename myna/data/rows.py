@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, TypeGuard
 
-from myna.data.check import gathered, named
-from myna.data.conversation import Conversation, Row
-from myna.data.files import sha256_of
-from myna.data.formats import Detected, detect_format, differing, format_named, to_conversation
-from myna.data.sources import scan_rows
+from myna.data.check import fault, gathered, named
+from myna.data.conversation import Conversation, Place, Row
+from myna.data.detect import Detected, detect_format, differing, has_required
+from myna.data.formats import FORMATS, format_named, keys_of, to_conversations
+from myna.data.shapes import AS_THEY_COME, Reading
+from myna.data.sources import digest_of, scan_rows, title_of
 from myna.errors import DataError
+from myna.recipe import DataSettings
 
 NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 
@@ -34,65 +37,158 @@ class LoadedRows:
     said: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class ReadRows:
+    """All that a file gave: the conversations that could be read, and a fault for each that could not.
+
+    `detected` is None where no shape was found.
+    """
+
+    path: Path
+    conversations: tuple[Conversation, ...]
+    detected: Detected | None
+    num_rows: int
+    faults: tuple[DataError, ...]
+
+
+def load_rows(path: str | Path, data: DataSettings, *, max_rows: int | None = None) -> LoadedRows:
+    """`load_conversations` as a recipe says, with the turns that it trains."""
+    loaded = load_conversations(
+        Path(path),
+        format_name=data.format,
+        columns=data.columns,
+        max_rows=max_rows,
+        reading=reading_of(data),
+    )
+    if data.train_on == "all":
+        return loaded
+    return replace(loaded, conversations=tuple(c.last_turn_trained() for c in loaded.conversations))
+
+
+def reading_of(data: DataSettings) -> Reading:
+    """What a recipe chooses where a row holds several conversations."""
+    return Reading(no_answer=data.no_answer, paths=data.paths, language=data.language)
+
+
 def load_conversations(
     path: Path,
     *,
     format_name: str = "auto",
     columns: Mapping[str, str] = NO_COLUMNS,
     max_rows: int | None = None,
+    reading: Reading = AS_THEY_COME,
 ) -> LoadedRows:
-    """Reads the first `max_rows` rows (default: all) of a .jsonl, .json, .csv, .tsv or .parquet file.
+    """Reads the first `max_rows` rows (default: all) of a file, a folder of files, or a pattern of names.
 
-    Raises one DataError that lists every fault of the file, grouped by code, with the first three places
-    of each; RecipeError where `format_name` or `columns` cannot be.
+    Of rows that hold several conversations the first `max_rows` of these. `reading` is what the recipe chooses there.
+    Raises one DataError that lists every fault of the file, grouped by code, with the first three places of each, or
+    says that rows of this shape are not trained on yet; RecipeError where `format_name` or `columns` cannot be.
     """
-    rows, faults = [], []
+    read = read_conversations(
+        path, format_name=format_name, columns=columns, max_rows=max_rows, reading=reading
+    )
+    if read.detected and not format_named(read.detected.name).trained:
+        raise _untrained(path, read.detected)
+    if read.faults:
+        raise gathered(read.faults, path)
+    assert read.detected
+    conversations = read.conversations[:max_rows]
+    return LoadedRows(
+        conversations=conversations,
+        format_name=read.detected.name,
+        confidence=read.detected.confidence,
+        ignored_keys=read.detected.ignored,
+        num_rows=len(conversations),
+        sha256=digest_of(path),
+        said=(_sentence(path, read.detected, read.num_rows, len(conversations)),),
+    )
+
+
+def read_conversations(
+    path: Path,
+    *,
+    format_name: str = "auto",
+    columns: Mapping[str, str] = NO_COLUMNS,
+    max_rows: int | None = None,
+    reading: Reading = AS_THEY_COME,
+) -> ReadRows:
+    """As `load_conversations`, with the faults beside what could be read."""
+    rows: list[Row] = []
+    faults: list[DataError] = []
     for row in scan_rows(path, max_rows=max_rows):
         if isinstance(row, DataError):
             faults.append(row)
         else:
             rows.append(row)
+    num_rows = len(rows) + len(faults)
     if not rows:
-        raise gathered(faults, path)
+        return ReadRows(path, (), None, num_rows, tuple(faults))
     try:
         detected = detect_format(rows, format_name=format_name, columns=columns)
     except DataError as error:
-        raise gathered([*faults, error], path) from error
-    conversations = _converted(rows, detected, faults)
-    if faults:
-        raise gathered(faults, path)
-    return LoadedRows(
-        conversations=conversations,
-        format_name=detected.name,
-        confidence=detected.confidence,
-        ignored_keys=detected.ignored,
-        num_rows=len(conversations),
-        sha256=sha256_of(path),
-        said=(_sentence(path, detected, len(conversations)),),
-    )
+        return ReadRows(path, (), None, num_rows, (*faults, error))
+    conversations = _converted(rows, detected, reading, faults)
+    if not conversations and not faults:
+        faults.append(fault("D020", "no conversation is left of these rows", where=str(path)))
+    return ReadRows(path, conversations, detected, num_rows, tuple(faults))
 
 
-def as_row(conversation: Conversation) -> dict[str, list[dict[str, str]]]:
+def as_row(conversation: Conversation) -> dict[str, list[dict[str, Any]]]:
     """The conversation as a `messages` row; read back it is the same conversation."""
-    return {"messages": conversation.as_dicts()}
+    turns: list[dict[str, Any]] = [dict(turn) for turn in conversation.as_dicts()]
+    for turn, message in zip(turns, conversation.messages, strict=True):
+        if not message.trained:
+            turn["weight"] = 0
+    return {"messages": turns}
 
 
-def _converted(rows: Sequence[Row], detected: Detected, faults: list[DataError]) -> tuple[Conversation, ...]:
-    """The rows as conversations; the first fault of each row that cannot be one is added to `faults`."""
-    conversations = []
+def _converted(
+    rows: Sequence[Row], detected: Detected, reading: Reading, faults: list[DataError]
+) -> tuple[Conversation, ...]:
+    """The rows as conversations; the first fault of each that cannot be one is added to `faults`."""
+    shape, fitting = format_named(detected.name), []
     for row in rows:
-        try:
-            different = differing(row, detected)
-            if different:
-                raise different
-            conversations.append(to_conversation(row, detected.name, detected.keys))
-        except DataError as error:
-            faults.append(error)
+        different = differing(row, detected)
+        if different:
+            faults.append(different)
+        else:
+            fitting.append(row)
+    if shape.gather:
+        fitting = [row for row in shape.gather(fitting, detected.keys) if _kept(row, faults)]
+    conversations = []
+    for row in fitting:
+        for one in to_conversations(row, detected.name, detected.keys, reading):
+            if isinstance(one, DataError):
+                faults.append(one)
+            else:
+                conversations.append(one)
     return tuple(conversations)
 
 
-def _sentence(path: Path, detected: Detected, num_rows: int) -> str:
+def _untrained(path: Path, detected: Detected) -> DataError:
+    """Rows of a shape that is only checked yet; another shape that has its keys too is the cure."""
+    shape = format_named(detected.name)
+    like = Row(dict.fromkeys((*detected.keys.values(), *detected.ignored), ""), Place(str(path), 1))
+    keys = {one.name: keys_of(like, one, {}) for one in FORMATS if one.trained}
+    others = [
+        one
+        for one in FORMATS
+        if one.name in keys and has_required(like, one, keys[one.name]) and one.fits(like, keys[one.name])
+    ]
+    cure = f"--set data.format={others[0].name} learns them as {others[0].title}" if others else None
+    message = f"these are {shape.title}, which are read and checked, not trained on yet"
+    return fault("D017", message, where=str(path), help=cure)
+
+
+def _kept(row: Row | DataError, faults: list[DataError]) -> TypeGuard[Row]:
+    if isinstance(row, DataError):
+        faults.append(row)
+    return isinstance(row, Row)
+
+
+def _sentence(path: Path, detected: Detected, num_rows: int, num_conversations: int) -> str:
     count = f"{num_rows} row" if num_rows == 1 else f"{num_rows} rows"
     title = format_named(detected.name).title
     ignored = f"; ignored: {named(detected.ignored)}" if detected.ignored else ""
-    return f"{path.name}: {count}, {title} (keys {named(detected.keys.values())}){ignored}"
+    made = f"; {num_conversations} conversations" if num_conversations != num_rows else ""
+    return f"{title_of(path)}: {count}, {title} (keys {named(detected.keys.values())}){made}{ignored}"

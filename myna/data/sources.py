@@ -1,14 +1,19 @@
-"""From a file to rows: .jsonl, .ndjson, .json, .csv, .tsv and .parquet, each row with its place."""
+"""From what holds rows to rows: a file, a folder of files or a pattern of names, each row with its place."""
 
 from __future__ import annotations
 
+import glob
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from myna.data.check import fault
+from myna.data.column_rows import scan_arrow, scan_parquet, scan_xlsx
 from myna.data.conversation import Row
-from myna.data.files import no_rows, refuse_unreadable
+from myna.data.files import damaged, no_rows, refuse_unreadable, sha256_of
 from myna.data.json_rows import scan_json, scan_jsonl
-from myna.data.table_rows import scan_csv, scan_parquet, scan_tsv
+from myna.data.opened import DamagedArchiveError, row_suffix
+from myna.data.table_rows import scan_csv, scan_tsv
 from myna.errors import DataError
 
 SOURCES: Mapping[str, Callable[[Path], Iterator[Row | DataError]]] = {
@@ -18,37 +23,96 @@ SOURCES: Mapping[str, Callable[[Path], Iterator[Row | DataError]]] = {
     ".csv": scan_csv,
     ".tsv": scan_tsv,
     ".parquet": scan_parquet,
+    ".arrow": scan_arrow,
+    ".feather": scan_arrow,
+    ".xlsx": scan_xlsx,
 }
+WILD = "*?["
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that `path` names: itself, those of a folder and of the folders in it, or those that fit a pattern.
+
+    In the order of their names. DataError where there is none; hidden files and those that hold no rows are passed over
+    in folders and patterns.
+    """
+    if path.is_dir():
+        found = [one for one in path.rglob("*") if _holds_rows(one, path)]
+    elif not path.exists() and any(c in str(path) for c in WILD):
+        found = [
+            one for one in map(Path, glob.glob(str(path), recursive=True)) if _holds_rows(one, one.parent)
+        ]
+    else:
+        return [path]
+    if not found:
+        what = "the folder holds no file of rows" if path.is_dir() else "no file of rows fits this pattern"
+        raise fault("D007", what, where=str(path), help=f"files of rows end in {' '.join(SOURCES)}")
+    return sorted(found)
+
+
+def is_there(path: Path) -> bool:
+    """Whether `path` names files of rows that exist."""
+    try:
+        return all(file.is_file() for file in files_of(path))
+    except DataError:
+        return False
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file; of several that of their names and digests, so that none changes or moves unseen."""
+    files = files_of(path)
+    if files == [path]:
+        return sha256_of(path)
+    lines = "".join(f"{sha256_of(file)}  {file.name}\n" for file in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def read_rows(path: Path, *, max_rows: int | None = None) -> Iterator[Row]:
-    """The rows of a file, in its order, read as they are asked for (a JSON array is read whole).
+    """The rows of what `path` names, in their order, read as they are asked for (a JSON array is read whole).
 
     Raises DataError at the first fault, with the file and the line (JSONL, CSV: the line where the record
-    starts) or the row number (JSON arrays, Parquet). A file that cannot be opened is refused at the call.
+    starts) or the row number (JSON arrays, tables). A file that cannot be opened is refused at the call.
     """
-    refuse_unreadable(path, SOURCES)
-    return map(_row_or_raise, _scan(path, max_rows))
+    return map(_row_or_raise, scan_rows(path, max_rows=max_rows))
 
 
 def scan_rows(path: Path, *, max_rows: int | None = None) -> Iterator[Row | DataError]:
     """As `read_rows`, with a fault in the place of each row that cannot be read; both count as rows."""
-    refuse_unreadable(path, SOURCES)
-    return _scan(path, max_rows)
+    files = files_of(path)
+    for file in files:
+        refuse_unreadable(file, SOURCES)
+    return _scan(files, max_rows)
 
 
-def _scan(path: Path, max_rows: int | None) -> Iterator[Row | DataError]:
+def _scan(files: list[Path], max_rows: int | None) -> Iterator[Row | DataError]:
     num_rows = 0
-    for row in SOURCES[path.suffix.lower()](path):
-        if num_rows == max_rows:
-            return
-        num_rows += 1
-        yield row
-    if num_rows == 0:
-        yield no_rows(path)
+    for file in files:
+        before = num_rows
+        try:
+            for row in SOURCES[row_suffix(file)](file):
+                if num_rows == max_rows:
+                    return
+                num_rows += 1
+                yield row
+        except DamagedArchiveError as error:
+            num_rows += 1
+            yield damaged(file, error, num_rows=num_rows - before - 1)
+        if num_rows == before and num_rows != max_rows:
+            yield no_rows(file)
+
+
+def _holds_rows(path: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return not hidden and row_suffix(path) in SOURCES and path.is_file()
 
 
 def _row_or_raise(row: Row | DataError) -> Row:
     if isinstance(row, DataError):
         raise row
     return row
+
+
+def title_of(path: Path) -> str:
+    """What is said of rows in front of their number: the file's name, or how many files there are."""
+    files = files_of(path)
+    return path.name if len(files) == 1 and files == [path] else f"{path.name or path}: {len(files)} files"

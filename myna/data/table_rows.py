@@ -1,4 +1,4 @@
-"""Rows out of tables: CSV and TSV with a header, and Parquet."""
+"""Rows out of tables of text: CSV and TSV with a header."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from typing import TextIO
 
 from myna.data.check import fault, named
 from myna.data.conversation import Place, Row
-from myna.data.files import bad_byte, open_text, refuse_binary
+from myna.data.files import bad_text, refuse_binary
+from myna.data.opened import open_text
 from myna.errors import DataError
 
 LONGEST_CELL = 2**31 - 1
-BATCH_ROWS = 1024
+SEPARATORS = (",", ";", "\t", "|")
 
 
 def scan_csv(path: Path) -> Iterator[Row | DataError]:
-    """Rows of a .csv file; where its first line has semicolons and no comma, semicolons part the cells."""
+    """Rows of a .csv file; what parts the cells is what parts the header into most."""
     return _scan_table(path, ",")
 
 
@@ -72,8 +73,7 @@ def _header_fault(header: Sequence[str], place: Place) -> DataError | None:
 def _records(file: TextIO, path: Path, separator: str) -> Iterator[tuple[Place, list[str]] | DataError]:
     """Each record with the line where it starts; a broken quote ends the reading, a bad byte does not."""
     head = file.readline()
-    if separator == "," and ";" in head and "," not in head:
-        separator = ";"
+    separator = _separator_of(head, separator)
     bad: list[DataError] = []
     csv.field_size_limit(LONGEST_CELL)  # a limit of the whole process; its default cuts at 128 KiB
     reader = csv.reader(_watched(chain([head], file), path, bad), delimiter=separator, strict=True)
@@ -96,32 +96,16 @@ def _records(file: TextIO, path: Path, separator: str) -> Iterator[tuple[Place, 
             yield place, cells
 
 
+def _separator_of(head: str, usual: str) -> str:
+    """What parts the header into most cells; `usual` where it does so as well as any other."""
+    counts = {one: len(next(csv.reader([head], delimiter=one), [])) for one in SEPARATORS}
+    return usual if counts[usual] == max(counts.values()) else max(counts, key=counts.__getitem__)
+
+
 def _watched(lines: Iterable[str], path: Path, bad: list[DataError]) -> Iterator[str]:
     """The lines as they are; those with a byte that is not UTF-8 are noted in `bad` on the way."""
     for number, line in enumerate(lines, start=1):
-        broken = bad_byte(line, Place(str(path), number))
+        broken = bad_text(line, Place(str(path), number))
         if broken:
             bad.append(broken)
         yield line
-
-
-def scan_parquet(path: Path) -> Iterator[Row | DataError]:
-    """Rows of a .parquet file, a batch at a time."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if len(set(names)) < len(names):
-                yield fault("D005", "two columns have one name", where=str(path))
-                return
-            number = 0
-            for batch in file.iter_batches(batch_size=BATCH_ROWS):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield Row(values, Place(str(path), number, "row"))
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        message = f"is no whole Parquet file: {reason}"
-        yield fault("D007", message, where=str(path), help="write it again, or convert it to .jsonl")

@@ -16,10 +16,11 @@ ROLES_OF: Mapping[str, Mapping[str, Role]] = {
     "role": {role: role for role in ROLES},
     "from": {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}},
 }
+WEIGHTS = (None, 0, 1)
 CONTENT_OF: Mapping[str, str] = {"role": "content", "from": "value"}
 LATER_ROLES = ("tool", "function", "developer", "function_call", "observation")
 LATER_KEYS = ("tool_calls", "function_call")
-TURN_KEYS = ("role", "content", "from", "value")
+TURN_KEYS = ("role", "content", "from", "value", "weight")
 ORDER = "an optional system message, then user and assistant in turn, ending with assistant"
 
 
@@ -51,9 +52,17 @@ def read_turns(value: Any, key: str, place: Place) -> tuple[Message, ...]:
         raise fault("D013", f"`{shown(key)}` holds no messages", where=place)
     if not isinstance(value, list):
         raise fault("D014", f"`{shown(key)}` is {kind_of(value)}, not a list of messages", where=place)
+    if all(isinstance(turn, str) for turn in value):
+        value = _spoken_in_turn(value)
     messages = tuple(_read_turn(turn, f"message {n}", place) for n, turn in enumerate(value, start=1))
     refuse_disorder(messages, place)
     return messages
+
+
+def _spoken_in_turn(texts: Sequence[str]) -> list[dict[str, str]]:
+    """LIMA's conversations: texts alone, the user's first."""
+    roles = ("user", "assistant")
+    return [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
 
 
 def _read_turn(turn: Any, name: str, place: Place) -> Message:
@@ -71,7 +80,8 @@ def _read_turn(turn: Any, name: str, place: Place) -> Message:
     content = turn[content_key]
     if isinstance(content, list):
         content = _joined_parts(content, name, place)
-    return Message(role, _checked_text(content, f"{name} ({role})", place))
+    trained = turn.get("weight") is None or bool(turn["weight"])
+    return Message(role, _checked_text(content, f"{name} ({role})", place), trained)
 
 
 def _read_role(value: Any, role_key: str, name: str, place: Place) -> Role:
@@ -90,9 +100,9 @@ def _refuse_later(turn: Mapping[str, Any], name: str, place: Place) -> None:
     for key in LATER_KEYS:
         if turn.get(key):
             raise fault("D017", f"{name}: `{key}` is not supported yet", where=place)
-    if turn.get("weight") is not None and turn["weight"] != 1:
-        message = f"{name}: `weight` other than 1 is not supported yet"
-        raise fault("D017", message, where=place, help="take the row or the weight out")
+    if turn.get("weight") not in WEIGHTS:
+        message = f"{name}: `weight` is {shown(str(turn['weight']))}; 0 (no loss) and 1 are what is known"
+        raise fault("D014", message, where=place, help="make it 0 or 1, or take it out")
 
 
 def _joined_parts(parts: Sequence[Any], name: str, place: Place) -> str:
@@ -103,9 +113,10 @@ def _joined_parts(parts: Sequence[Any], name: str, place: Place) -> str:
         if kind != "text":
             said = shown(kind) if isinstance(kind, str) else "no type"
             raise fault("D017", f"{name}: a content part of `{said}` is not supported yet", where=place)
-        if not isinstance(part.get("text"), str):
+        text = part.get("text", part.get("value"))
+        if not isinstance(text, str):
             raise fault("D014", f"{name}: a text part without `text`", where=place)
-        texts.append(part["text"])
+        texts.append(text)
     return "".join(texts)
 
 

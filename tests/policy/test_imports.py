@@ -45,6 +45,7 @@ DIRECTION = (
     "chat_command",
     "terminal",
     "stage_commands",
+    "data_commands",
     "cli",
 )
 FREE_OF_TORCH = ("errors", "interval", "data", "recipe", "run", "show")

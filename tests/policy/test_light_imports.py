@@ -9,7 +9,17 @@ import sys
 import pytest
 from source_tree import NAMES, ROOT
 
-HEAVY = ("torch", "transformers", "peft", "pyarrow", "gguf", "xllamacpp", "accelerate", "huggingface_hub")
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "pyarrow",
+    "gguf",
+    "xllamacpp",
+    "accelerate",
+    "huggingface_hub",
+    "openpyxl",
+)
 # Left of `model`, and what a light command imports.
 LIGHT_TREES = ("", "errors", "recipe", "run", "show", "data")
 LIGHT_MODULES = (

@@ -1,0 +1,125 @@
+"""Rows out of binary tables: Parquet, Arrow and spreadsheets, a batch at a time."""
+
+from __future__ import annotations
+
+import datetime
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from myna.data.check import fault, named
+from myna.data.conversation import Place, Row
+from myna.errors import DataError
+
+BATCH_ROWS = 1024
+WRITE_AGAIN = "write it again, or convert it to .jsonl"
+
+
+def scan_parquet(path: Path) -> Iterator[Row | DataError]:
+    """Rows of a .parquet file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            yield from _rows_of_batches(file.iter_batches(batch_size=BATCH_ROWS), names, path)
+    except (pyarrow.ArrowException, OSError) as error:
+        yield _not_whole("Parquet", path, error)
+
+
+def scan_arrow(path: Path) -> Iterator[Row | DataError]:
+    """Rows of an .arrow or .feather file: Arrow's file format, or its stream, as `datasets` caches it."""
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(path)) as source:
+            try:
+                reader = pyarrow.ipc.open_file(source)
+            except pyarrow.ArrowInvalid:
+                source.seek(0)
+                reader = pyarrow.ipc.open_stream(source)
+                yield from _rows_of_batches(reader, reader.schema.names, path)
+                return
+            batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+            yield from _rows_of_batches(batches, reader.schema.names, path)
+    except (pyarrow.ArrowException, OSError) as error:
+        yield _not_whole("Arrow", path, error)
+
+
+def _rows_of_batches(batches: Any, names: Sequence[str], path: Path) -> Iterator[Row | DataError]:
+    if len(set(names)) < len(names):
+        yield fault("D005", "two columns have one name", where=str(path))
+        return
+    number = 0
+    for batch in batches:
+        for start in range(0, len(batch), BATCH_ROWS):
+            for values in batch.slice(start, BATCH_ROWS).to_pylist():
+                number += 1
+                yield Row(values, Place(str(path), number, "row"))
+
+
+def _not_whole(kind: str, path: Path, error: Exception) -> DataError:
+    reason = str(error).partition("\n")[0]
+    return fault("D007", f"is no whole {kind} file: {reason}", where=str(path), help=WRITE_AGAIN)
+
+
+def scan_xlsx(path: Path) -> Iterator[Row | DataError]:
+    """Rows of the one sheet of an .xlsx file that is not empty; its first row names the columns.
+
+    A row's number is the one that a spreadsheet shows beside it. Formulas count as what they last came to.
+    """
+    import openpyxl
+    from openpyxl.utils.exceptions import InvalidFileException
+
+    try:
+        with path.open("rb") as file:
+            book = openpyxl.load_workbook(file, read_only=True, data_only=True)
+            yield from _rows_of_book(book, path)
+    except (InvalidFileException, zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError) as error:
+        yield _not_whole("XLSX", path, error)
+
+
+def _rows_of_book(book: Any, path: Path) -> Iterator[Row | DataError]:
+    filled = [sheet for sheet in book.worksheets if next(_cells(sheet, path), None) is not None]
+    if len(filled) > 1:
+        names = named(sheet.title for sheet in filled)
+        message = f"{len(filled)} sheets hold something: {names}; only one is read"
+        yield fault(
+            "D005", message, where=str(path), help="save the sheet of rows as a .csv or .xlsx of its own"
+        )
+        return
+    for sheet in filled:
+        rows = _cells(sheet, path)
+        place, header = next(rows)
+        columns = ["" if cell is None else str(cell) for cell in header]
+        twice = [name for name, count in Counter(columns).items() if count > 1 or not name.strip()]
+        if twice:
+            message = f"a column has no name, or another's: {named(twice)}"
+            yield fault(
+                "D005", message, where=place, help="the first row names the columns: prompt, completion"
+            )
+            return
+        for place, cells in rows:
+            yield Row(dict(zip(columns, [*cells, *[None] * len(columns)], strict=False)), place)
+
+
+def _cells(sheet: Any, path: Path) -> Iterator[tuple[Place, list[Any]]]:
+    """Every row that has a filled cell, without the empty cells at its end."""
+    for number, row in enumerate(sheet.iter_rows(values_only=True), start=1):
+        cells = [_value_of(cell) for cell in row]
+        while cells and cells[-1] is None:
+            cells.pop()
+        if cells:
+            yield Place(str(path), number, "row"), cells
+
+
+def _value_of(cell: Any) -> Any:
+    """A spreadsheet has dates, and no whole numbers."""
+    if isinstance(cell, float) and cell.is_integer():
+        return int(cell)
+    if isinstance(cell, datetime.date | datetime.time | datetime.datetime):
+        return cell.isoformat()
+    return cell

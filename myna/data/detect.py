@@ -1,0 +1,186 @@
+"""How a file's shape is found out, and what sets one of its rows apart from the others."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from myna.data.check import fault, named, nearest, shown
+from myna.data.conversation import Row
+from myna.data.formats import FORMATS, format_named, keys_of, missing_key, required_keys, setting
+from myna.data.shapes import Format, Keys
+from myna.data.turns import TURN_KEYS
+from myna.errors import DataError, RecipeError
+
+
+@dataclass(frozen=True)
+class Detected:
+    """What a file's shape was found to be.
+
+    `confidence` is the share of rows that have the required keys, 0 to 1; `keys` maps our columns to the
+    file's keys; `ignored` are the keys that are not read, those inside messages as `messages.name`.
+    """
+
+    name: str
+    confidence: float
+    keys: Mapping[str, str]
+    ignored: tuple[str, ...]
+
+
+def detect_format(
+    rows: Sequence[Row], *, format_name: str = "auto", columns: Mapping[str, str] | None = None
+) -> Detected:
+    """The shape that fits most rows: by their keys, and where two shapes have the same ones by what stands there.
+
+    Raises DataError where no row fits any shape, and RecipeError where `format_name` or `columns` cannot be.
+    Rows that do not fit the shape found lower `confidence`; `differing` says what is wrong with each.
+    """
+    assert rows
+    columns = columns or {}
+    best: Detected | None = None
+    shapes = _candidates(format_name, columns)
+    for shape in shapes:
+        keys = _common_keys(rows, shape, columns)
+        fits = (
+            shape.fits if format_name == "auto" else _always
+        )  # a shape that is named is held to its own faults
+        fitting = (has_required(row, shape, keys) and fits(row, keys) for row in rows) if keys else ()
+        found = sum(fitting) / len(rows)
+        if found > (best.confidence if best else 0.0):
+            best = Detected(shape.name, found, keys, ())
+    if best is None:
+        raise _untold(_typical(rows), shapes, columns)
+    _refuse_unused(rows, best, columns)
+    return Detected(best.name, best.confidence, best.keys, _ignored(rows, best.keys))
+
+
+def differing(row: Row, detected: Detected) -> DataError | None:
+    """What sets a row apart from its file's shape: another shape or a missing key. None where it fits."""
+    shape = format_named(detected.name)
+    if has_required(row, shape, detected.keys):
+        return None
+    for other in FORMATS:
+        keys = keys_of(row, other, {})
+        if has_required(row, other, keys) and other.fits(row, keys):
+            ours, theirs = required_keys(shape, detected.keys), required_keys(other, keys)
+            message = f"this row is {other.title} ({named(theirs)})"
+            message += f", the others are read as {shape.title} ({named(ours)})"
+            return fault("D011", message, where=row.place, help="keep one shape in one file")
+    missing = next(c for c in shape.columns if c.required and detected.keys[c.name] not in row.values)
+    return missing_key(
+        row, missing, shape, detected.keys, cure="rename it in this row or, if all have it so, "
+    )
+
+
+def _candidates(format_name: str, columns: Mapping[str, str]) -> list[Format]:
+    """The shapes that may be meant: the one named, or all that have every column which `columns` names."""
+    known = sorted({column.name for shape in FORMATS for column in shape.columns})
+    for name in columns:
+        if name not in known:
+            near = nearest([name], known)
+            meant = f" Did you mean data.columns.{near}?" if near else ""
+            cure = f"the columns are: {named(known)}"
+            raise RecipeError(f"data.columns.{shown(name)} is not a column.{meant}", help=cure)
+    shapes = list(FORMATS) if format_name == "auto" else [format_named(format_name)]
+    fitting = [shape for shape in shapes if columns.keys() <= {column.name for column in shape.columns}]
+    if not fitting:
+        what = "no shape has" if format_name == "auto" else f"{format_name} has not all of"
+        cure = "; ".join(f"{shape.name}: {named(c.name for c in shape.columns)}" for shape in shapes)
+        raise RecipeError(f"data.columns: {what} the columns {named(columns)}", help=cure)
+    return fitting
+
+
+def _common_keys(rows: Sequence[Row], shape: Format, columns: Mapping[str, str]) -> dict[str, str]:
+    """The keys that most of the fitting rows go by: the required ones together, the others singly."""
+    together: Counter[tuple[str, ...]] = Counter()
+    alone: dict[str, Counter[str]] = {}
+    names = [column.name for column in shape.columns if column.required]
+    for row in rows:
+        keys = keys_of(row, shape, columns)
+        if all(name in keys for name in names):
+            together[tuple(keys[name] for name in names)] += 1
+            for name in keys.keys() - set(names):
+                alone.setdefault(name, Counter())[keys[name]] += 1
+    if not together:
+        return {}
+    common = dict(zip(names, together.most_common(1)[0][0], strict=True))
+    common |= {name: counts.most_common(1)[0][0] for name, counts in alone.items()}
+    return {column.name: common[column.name] for column in shape.columns if column.name in common}
+
+
+def has_required(row: Row, shape: Format, keys: Keys) -> bool:
+    """Whether the row has every key that the shape cannot do without."""
+    return all(
+        column.name in keys and keys[column.name] in row.values for column in shape.columns if column.required
+    )
+
+
+def _always(row: Row, keys: Keys) -> bool:
+    return True
+
+
+def _ignored(rows: Sequence[Row], keys: Keys) -> tuple[str, ...]:
+    """Keys that are not read, in the order in which they first appear."""
+    read = set(keys.values())
+    seen: dict[str, None] = {}
+    for row in rows:
+        seen |= dict.fromkeys(key for key in row.values if key not in read)
+        for name in ("messages", "conversations"):
+            for turn in _turns_in(row.values.get(keys.get(name, ""))):
+                seen |= dict.fromkeys(f"{keys[name]}.{key}" for key in turn if key not in TURN_KEYS)
+    return tuple(seen)
+
+
+def _turns_in(value: Any) -> list[Mapping[str, Any]]:
+    return [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
+
+
+def _typical(rows: Sequence[Row]) -> Row:
+    """The first row with the keys that most rows have: what an error about all of them is told by."""
+    counts = Counter(tuple(row.values) for row in rows)
+    common = counts.most_common(1)[0][0]
+    return next(row for row in rows if tuple(row.values) == common)
+
+
+def _untold(row: Row, shapes: Sequence[Format], columns: Mapping[str, str]) -> DataError:
+    """The fault of a file that fits no shape: what the nearest one lacks, or all that would be read."""
+    found = [(shape, keys_of(row, shape, columns)) for shape in shapes]
+    lacks = {
+        shape.name: [c for c in shape.columns if c.required and c.name not in keys] for shape, keys in found
+    }
+    near = [
+        (shape, keys)
+        for shape, keys in found
+        if lacks[shape.name]
+        and (
+            required_keys(shape, keys)
+            or len(shapes) == 1
+            or any(c.name in columns for c in lacks[shape.name])
+        )
+    ]
+    if near:
+        shape, _ = min(near, key=lambda one: (len(lacks[one[0].name]), -len(required_keys(*one))))
+        return missing_key(row, lacks[shape.name][0], shape, columns)
+    lines = [f"the shape of the rows cannot be told; the keys are: {named(row.values)}. Rows may be:"]
+    lines += [f"  {shape.name}: {shape.description}" for shape in shapes]
+    pair = [*row.values, "KEY", "KEY"][:2]
+    example = f"{setting('prompt', pair[0])} {setting('completion', pair[1])}"
+    return fault("D010", "\n".join(lines), where=row.place, help=f"name the keys, for example {example}")
+
+
+def _refuse_unused(rows: Sequence[Row], detected: Detected, columns: Mapping[str, str]) -> None:
+    """A column that the user named and no row has, or one key taken for two columns."""
+    for name, key in columns.items():
+        if name not in detected.keys:
+            message = (
+                f"`{shown(key)}` (data.columns.{name}) is in no row; the keys are: {named(rows[0].values)}"
+            )
+            raise fault("D012", message, where=rows[0].place)
+    twice = [key for key, count in Counter(detected.keys.values()).items() if count > 1]
+    if twice:
+        both = " and ".join(f"data.columns.{n}" for n, key in detected.keys.items() if key == twice[0])
+        raise RecipeError(
+            f"`{shown(twice[0])}` is taken for two columns: {both}", help="give each its own key"
+        )

@@ -1,0 +1,89 @@
+"""What a shape of rows is made of: the columns it needs, and how its rows become conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from myna.data.check import shown
+from myna.data.conversation import Conversation, Message, Row
+from myna.data.turns import read_text
+from myna.errors import DataError
+
+Keys = Mapping[str, str]
+PathChoice = Literal["best", "all"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a recipe chooses where a row holds more than one conversation.
+
+    `no_answer` is the answer to a question that its text does not answer; of trees of replies `paths` takes the best
+    ranked or all, and `language` those in it alone.
+    """
+
+    no_answer: str = "unanswerable"
+    paths: PathChoice = "best"
+    language: str | None = None
+
+
+AS_THEY_COME = Reading()
+
+
+@dataclass(frozen=True)
+class Column:
+    """One thing a shape needs: our name for it, and the keys it goes by; the first one found is taken."""
+
+    name: str
+    keys: tuple[str, ...]
+    required: bool = True
+
+
+Made = Iterator[Conversation | DataError]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A shape of rows. `read` makes conversations of a row, given which of the row's keys is which column.
+
+    `fits` says of a row with the keys whether its values are this shape's too. `gather` makes rows of rows where one
+    conversation stands in several. Rows of a shape that is not `trained` are read and checked, and not trained on yet.
+    """
+
+    name: str
+    title: str
+    description: str
+    columns: tuple[Column, ...]
+    read: Callable[[Row, Keys, Reading], Made]
+    fits: Callable[[Row, Keys], bool] = lambda row, keys: True
+    gather: Callable[[Sequence[Row], Keys], Iterator[Row | DataError]] | None = None
+    trained: bool = True
+
+
+def single(read: Callable[[Row, Keys], tuple[Message, ...]]) -> Callable[[Row, Keys, Reading], Made]:
+    """The reader of a shape whose rows are one conversation each."""
+
+    def read_one(row: Row, keys: Keys, reading: Reading) -> Made:
+        try:
+            yield Conversation(read(row, keys), row.place)
+        except DataError as error:
+            yield error
+
+    return read_one
+
+
+def text_of(row: Row, key: str) -> str:
+    """A cell of a row as text. DataError where it is none."""
+    return read_text(row.values[key], f"`{shown(key)}`", row.place)
+
+
+def is_filled(row: Row, key: str | None) -> bool:
+    """Whether the row has something under the key."""
+    value = row.values.get(key) if key is not None else None
+    return value is not None and not (isinstance(value, str) and not value.strip())
+
+
+def is_objects(value: Any) -> bool:
+    """A list of objects, at least one."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)

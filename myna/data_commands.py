@@ -1,0 +1,98 @@
+"""`myna data check`, `convert`: rows looked at and rewritten before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from myna.errors import DataError, UsageError
+from myna.terminal import AsJson, new_console, print_json
+
+RowsPath = Annotated[
+    str, typer.Argument(metavar="PATH|RECIPE", help="rows (a file, a folder, a pattern), or a recipe.yaml")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a setting of the recipe")
+]
+
+
+def check(
+    path: RowsPath,
+    overrides: Overrides = None,
+    private: Annotated[
+        bool, typer.Option(help="look for secrets and personal data too, which takes longest")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Every fault with file, line, code and cure; exit 3 where a row cannot be used, 0 with warnings alone."""
+    from myna.data.review import review_rows
+
+    rows, test, settings = _settings(path, overrides)
+    review = review_rows(rows, test=test, private=private, **settings)
+    if as_json:
+        print_json({**asdict(review), "num_errors": review.num_errors})
+    else:
+        _print(review)
+    if review.num_errors:
+        raise typer.Exit(DataError.exit_code)
+
+
+def convert(
+    path: RowsPath,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.jsonl", help="where the rows go")],
+    overrides: Overrides = None,
+    yes: Annotated[bool, typer.Option("--yes", help="replace FILE where it exists")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Rows of any shape as `messages` rows."""
+    from myna.data.check import gathered
+    from myna.data.rows import as_row, read_conversations
+    from myna.run import write_text
+
+    if out.exists() and not yes:
+        raise UsageError("is there already", where=str(out), help="--yes replaces it")
+    rows, _, settings = _settings(path, overrides)
+    read = read_conversations(rows, **settings)
+    if read.faults:
+        raise gathered(read.faults, rows)
+    lines = [json.dumps(as_row(one), ensure_ascii=False) + "\n" for one in read.conversations]
+    write_text(out, "".join(lines))
+    if as_json:
+        print_json({"out": str(out), "rows": len(lines)})
+    else:
+        new_console().print(f"{len(lines)} conversations written to {out}", highlight=False)
+
+
+def _settings(path: str, overrides: list[str] | None) -> tuple[Path, Path | None, Mapping[str, Any]]:
+    """The rows, the test rows where a recipe names them, and how they are read."""
+    from myna.data.rows import reading_of
+    from myna.recipe import build_recipe, load_recipe
+
+    if Path(path).suffix.lower() in (".yaml", ".yml"):
+        data = load_recipe(Path(path), overrides or []).data
+    else:
+        data = build_recipe({"data": {"train": path}}, overrides or []).data
+    settings = {"format_name": data.format, "columns": data.columns, "reading": reading_of(data)}
+    return Path(data.train), Path(data.test) if data.test else None, settings
+
+
+def _print(review: Any) -> None:
+    console = new_console()
+    for finding in review.findings:
+        colour = "red" if finding.level == "error" else "yellow"
+        console.print(
+            f"[{colour}]{finding.level}\\[{finding.code}][/{colour}] {finding.what}: {finding.count}"
+        )
+        for where, message in finding.places:
+            console.print(f"  {where}: {message}", markup=False, highlight=False, soft_wrap=True)
+        if finding.count > len(finding.places):
+            console.print(f"  and {finding.count - len(finding.places)} more", highlight=False)
+        for cure in finding.cures:
+            console.print(f"  help: {cure}", markup=False, highlight=False, soft_wrap=True)
+    for label, text in review.as_lines():
+        console.print(f"{label:<14}{text}", markup=False, highlight=False, soft_wrap=True)
