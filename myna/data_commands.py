@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,17 +13,30 @@ import typer
 from myna.errors import DataError, UsageError
 from myna.terminal import AsJson, new_console, print_json
 
+
+class BadRow(StrEnum):
+    """What becomes of rows that cannot be used."""
+
+    fail = "fail"
+    skip = "skip"
+    quarantine = "quarantine"
+
+
 RowsPath = Annotated[
     str, typer.Argument(metavar="PATH|RECIPE", help="rows (a file, a folder, a pattern), or a recipe.yaml")
 ]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a setting of the recipe")
 ]
+OnBadRow = Annotated[
+    BadRow, typer.Option(help="rows that cannot be used: exit 3 · leave out · leave out and keep in a file")
+]
 
 
 def check(
     path: RowsPath,
     overrides: Overrides = None,
+    on_bad_row: OnBadRow = BadRow.fail,
     private: Annotated[
         bool, typer.Option(help="look for secrets and personal data too, which takes longest")
     ] = True,
@@ -34,11 +47,12 @@ def check(
 
     rows, test, settings = _settings(path, overrides)
     review = review_rows(rows, test=test, private=private, **settings)
+    kept = _quarantine(review.faults, rows.with_suffix("").name, on_bad_row)
     if as_json:
-        print_json({**asdict(review), "num_errors": review.num_errors})
+        print_json(review.as_json() | {"quarantine": kept})
     else:
-        _print(review)
-    if review.num_errors:
+        _print(review, kept)
+    if review.num_errors and (on_bad_row == BadRow.fail or not review.num_conversations):
         raise typer.Exit(DataError.exit_code)
 
 
@@ -46,6 +60,7 @@ def convert(
     path: RowsPath,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.jsonl", help="where the rows go")],
     overrides: Overrides = None,
+    on_bad_row: OnBadRow = BadRow.fail,
     yes: Annotated[bool, typer.Option("--yes", help="replace FILE where it exists")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -58,14 +73,34 @@ def convert(
         raise UsageError("is there already", where=str(out), help="--yes replaces it")
     rows, _, settings = _settings(path, overrides)
     read = read_conversations(rows, **settings)
-    if read.faults:
+    if read.faults and (on_bad_row == BadRow.fail or not read.conversations):
         raise gathered(read.faults, rows)
     lines = [json.dumps(as_row(one), ensure_ascii=False) + "\n" for one in read.conversations]
     write_text(out, "".join(lines))
+    kept = _quarantine(read.faults, str(out.with_suffix("")), on_bad_row)
     if as_json:
-        print_json({"out": str(out), "rows": len(lines)})
-    else:
-        new_console().print(f"{len(lines)} conversations written to {out}", highlight=False)
+        print_json({"out": str(out), "rows": len(lines), "left_out": len(read.faults), "quarantine": kept})
+        return
+    console = new_console()
+    console.print(f"{len(lines)} conversations written to {out}", highlight=False)
+    if read.faults:
+        console.print(f"{len(read.faults)} faulty rows are left out{_kept_in(kept)}", highlight=False)
+
+
+def _quarantine(faults: Sequence[DataError], stem: str, on_bad_row: BadRow) -> str | None:
+    """Writes the faulty rows beside the command's place or output; its path, None where nothing was written."""
+    if on_bad_row != BadRow.quarantine or not faults:
+        return None
+    from myna.data.quarantine import quarantine_lines
+    from myna.run import write_text
+
+    path = Path(f"{stem}.quarantine.jsonl")
+    write_text(path, "".join(quarantine_lines(faults)))
+    return str(path)
+
+
+def _kept_in(kept: str | None) -> str:
+    return f" and kept in {kept}" if kept else ""
 
 
 def _settings(path: str, overrides: list[str] | None) -> tuple[Path, Path | None, Mapping[str, Any]]:
@@ -81,7 +116,7 @@ def _settings(path: str, overrides: list[str] | None) -> tuple[Path, Path | None
     return Path(data.train), Path(data.test) if data.test else None, settings
 
 
-def _print(review: Any) -> None:
+def _print(review: Any, kept: str | None) -> None:
     console = new_console()
     for finding in review.findings:
         colour = "red" if finding.level == "error" else "yellow"
@@ -96,3 +131,5 @@ def _print(review: Any) -> None:
             console.print(f"  help: {cure}", markup=False, highlight=False, soft_wrap=True)
     for label, text in review.as_lines():
         console.print(f"{label:<14}{text}", markup=False, highlight=False, soft_wrap=True)
+    if kept:
+        console.print(f"{'kept':<14}the faulty rows in {kept}", markup=False, highlight=False)

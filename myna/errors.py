@@ -64,8 +64,11 @@ class RecipeError(UsageError):
 
 
 class DataError(MynaError):
+    """`place` is where the row stands, as a value, where the fault is one row's."""
+
     exit_code = 3
     default_code = "data"
+    place: object = None
 
 
 class ModelError(MynaError):

@@ -12,6 +12,7 @@ from typing import Any
 
 import myna
 from myna.data.conversation import Conversation
+from myna.data.quarantine import quarantine_lines
 from myna.data.render import ChatTokenizer, Example, load_chat_tokenizer, render_example
 from myna.data.rows import LoadedRows, as_row, load_rows
 from myna.data.split import drop_overlap, split_rows
@@ -77,6 +78,10 @@ def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
     else:
         plan = freeze_plan(resolved, config, [len(e.input_ids_T) for e in examples], this_machine())
         _write_run(run, resolved, base, plan, inputs, test, tokenizer)
+    faults = [fault for rows in loaded.values() for fault in rows.left_out]
+    if faults and resolved.data.on_bad_row == "quarantine":
+        write_text(run.quarantine_path, "".join(quarantine_lines(faults)))
+        run.record([run.quarantine_path])
     return Prepared(run, resolved, base, tuple(examples), tuple(test), plan)
 
 

@@ -14,6 +14,7 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from myna.errors import RecipeError, UsageError
+from myna.recipe_faults import recipe_error
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 PathText = Annotated[str, Field(min_length=1)]
@@ -65,6 +66,10 @@ class DataSettings(Section):
     )
     columns: dict[str, str] = Field(default_factory=dict, description="our key: your key, where they differ")
     system: str | None = Field(None, description="system text for conversations that have none")
+    on_bad_row: Literal["fail", "skip", "quarantine"] = Field(
+        "fail",
+        description="rows that cannot be used: fail · skip · quarantine (skip, and keep them in the run)",
+    )
     train_on: Literal["all", "last"] = Field(
         "all", description="the assistant turns that are learnt: all · last (earlier ones are context)"
     )
@@ -198,7 +203,8 @@ def build_recipe(
     try:
         return kind.model_validate(merged)
     except ValidationError as error:
-        raise _recipe_error(error, tree, where, set_here) from None
+        known = [key for key, _, _ in setting_lines()]
+        raise recipe_error(error, tree, where, set_here, known) from None
 
 
 def recipe_yaml(recipe: Recipe, *, without: Any = None) -> str:
@@ -287,64 +293,3 @@ def _apply_override(tree: dict[str, Any], text: str) -> str:
         parsed = str(Path(parsed).expanduser().resolve())
     node[parts[-1]] = parsed
     return ".".join(parts)
-
-
-def _recipe_error(
-    error: ValidationError, tree: Mapping[str, Any], where: str, set_here: Mapping[str, str]
-) -> RecipeError:
-    faults = [_fault_line(fault, tree, where, set_here) for fault in error.errors()]
-    first, *rest = faults
-    return RecipeError("\n".join([first[1], *(f"{place}: {text}" for place, text in rest)]), where=first[0])
-
-
-def _fault_line(
-    fault: Any, tree: Mapping[str, Any], where: str, set_here: Mapping[str, str]
-) -> tuple[str, str]:
-    """One fault of pydantic's as (file:line, sentence)."""
-    path = [part for part in fault["loc"] if isinstance(part, str) and not part.startswith("list[")]
-    path = [part for part in path if part not in ("str", "function-after")]
-    dotted = ".".join(path)
-    line = _line_of(tree, path)
-    place = f"{where}:{line}" if line else where
-    place = f"--set {set_here[dotted]}" if dotted in set_here else place
-    if fault["type"] == "extra_forbidden":
-        return place, f"{dotted} is not a setting.{_nearest(path)}"
-    if fault["type"] == "missing":
-        return place, f"{dotted} is missing; --set {dotted}=… or a line in the recipe gives it."
-    given = "" if isinstance(fault["input"], dict) else f" (it is {fault['input']!r})"
-    return place, f"{dotted}: {fault['msg'][0].lower()}{fault['msg'][1:]}{given}."
-
-
-def _nearest(path: Sequence[str]) -> str:
-    """A hint at the name that was meant: in the same block first, then anywhere."""
-    known = [key for key, _, _ in setting_lines()]
-    blocks = list(Recipe.model_fields)
-    if len(path) == 1:
-        near = difflib.get_close_matches(path[0], blocks, n=1, cutoff=0.6)
-        if near:
-            return f" Did you mean {near[0]}?"
-        leaves = {key.split(".")[1]: key for key in known}
-        near = difflib.get_close_matches(path[0], leaves, n=1, cutoff=0.6)
-        return f" Did you mean {leaves[near[0]]}?" if near else f" Blocks: {', '.join(blocks)}."
-    # the right name in another block is nearer than another name in this one
-    leaves = {key.rpartition(".")[2]: key for key in known if not key.startswith(f"{path[0]}.")}
-    elsewhere = difflib.get_close_matches(path[-1], leaves, n=1, cutoff=0.8)
-    here = difflib.get_close_matches(f"{path[0]}.{path[-1]}", known, n=1, cutoff=0.85)
-    if elsewhere and not here:
-        return f" Did you mean {leaves[elsewhere[0]]}?"
-    near = difflib.get_close_matches(".".join(path), known, n=1, cutoff=0.6)
-    if near:
-        return f" Did you mean {near[0]}?"
-    own = [key for key in known if key.startswith(f"{path[0]}.")]
-    return f" Settings there: {', '.join(own)}."
-
-
-def _line_of(tree: Any, path: Sequence[str]) -> int | None:
-    line: int | None = None
-    node = tree
-    for part in path:
-        if not isinstance(node, CommentedMap) or part not in node:
-            break
-        line = int(node.lc.key(part)[0]) + 1
-        node = node[part]
-    return line

@@ -48,6 +48,10 @@ class Run:
         return self.path / "rows" / "test.jsonl"
 
     @property
+    def quarantine_path(self) -> Path:
+        return self.path / "rows" / "quarantine.jsonl"
+
+    @property
     def metrics_path(self) -> Path:
         return self.path / "metrics.jsonl"
 

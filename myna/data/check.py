@@ -46,7 +46,9 @@ SHOWN_NAMES = 12
 def fault(code: str, message: str, *, where: Place | str, help: str | None = None) -> DataError:
     """One fault as the error that it is; the reader decides whether to raise it or to go on collecting."""
     assert code in CODES, code
-    return DataError(message, where=str(where), help=help, code=code)
+    error = DataError(message, where=str(where), help=help, code=code)
+    error.place = where if isinstance(where, Place) else None
+    return error
 
 
 def gathered(faults: Sequence[DataError], path: Path) -> DataError:

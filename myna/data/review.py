@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +47,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Review:
-    """What was found in the rows of one path. Lengths are characters of a whole conversation."""
+    """What was found in the rows of one path. Lengths are characters of a whole conversation; `faults` are all errors."""
 
     path: str
     shape: str
@@ -64,10 +64,16 @@ class Review:
     scripts: Mapping[str, int]
     findings: tuple[Finding, ...]
     not_checked: tuple[str, ...]
+    faults: tuple[DataError, ...]
 
     @property
     def num_errors(self) -> int:
         return sum(finding.count for finding in self.findings if finding.level == "error")
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--json` prints: all but the single faults, which the findings count."""
+        told = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "faults"}
+        return told | {"findings": [asdict(one) for one in self.findings], "num_errors": self.num_errors}
 
     def as_lines(self) -> Iterator[tuple[str, str]]:
         """(label, text) of the summary."""
@@ -136,6 +142,7 @@ def _summary(read: ReadRows, findings: Sequence[Finding]) -> Review:
         scripts=dict(scripts.most_common()),
         findings=tuple(findings),
         not_checked=(NEEDS_TOKENS,),
+        faults=read.faults,
     )
 
 

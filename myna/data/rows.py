@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +26,7 @@ class LoadedRows:
     """The conversations of a file, in its order, and what was found out about it.
 
     `confidence` is the share of rows with the keys of the format; `sha256` is that of the whole file;
-    `said` are the sentences to tell the user.
+    `said` are the sentences to tell the user; `left_out` are the faults of rows that were to be skipped.
     """
 
     conversations: tuple[Conversation, ...]
@@ -35,6 +36,7 @@ class LoadedRows:
     num_rows: int
     sha256: str
     said: tuple[str, ...]
+    left_out: tuple[DataError, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def load_rows(path: str | Path, data: DataSettings, *, max_rows: int | None = No
         columns=data.columns,
         max_rows=max_rows,
         reading=reading_of(data),
+        skip_bad=data.on_bad_row != "fail",
     )
     if data.train_on == "all":
         return loaded
@@ -77,19 +80,21 @@ def load_conversations(
     columns: Mapping[str, str] = NO_COLUMNS,
     max_rows: int | None = None,
     reading: Reading = AS_THEY_COME,
+    skip_bad: bool = False,
 ) -> LoadedRows:
     """Reads the first `max_rows` rows (default: all) of a file, a folder of files, or a pattern of names.
 
-    Of rows that hold several conversations the first `max_rows` of these. `reading` is what the recipe chooses there.
-    Raises one DataError that lists every fault of the file, grouped by code, with the first three places of each, or
-    says that rows of this shape are not trained on yet; RecipeError where `format_name` or `columns` cannot be.
+    Of rows that hold several conversations the first `max_rows` of these. `reading` is what the recipe chooses there. With
+    `skip_bad` rows that cannot be used are left out, as long as one is left. Raises one DataError that lists every fault of
+    the file, grouped by code, with the first three places of each, or says that rows of this shape are not trained on yet;
+    RecipeError where `format_name` or `columns` cannot be.
     """
     read = read_conversations(
         path, format_name=format_name, columns=columns, max_rows=max_rows, reading=reading
     )
     if read.detected and not format_named(read.detected.name).trained:
         raise _untrained(path, read.detected)
-    if read.faults:
+    if read.faults and not (skip_bad and read.conversations):
         raise gathered(read.faults, path)
     assert read.detected
     conversations = read.conversations[:max_rows]
@@ -100,7 +105,8 @@ def load_conversations(
         ignored_keys=read.detected.ignored,
         num_rows=len(conversations),
         sha256=digest_of(path),
-        said=(_sentence(path, read.detected, read.num_rows, len(conversations)),),
+        said=(_sentence(path, read.detected, read.num_rows, len(conversations)), *_left_out(read.faults)),
+        left_out=read.faults,
     )
 
 
@@ -163,6 +169,13 @@ def _converted(
             else:
                 conversations.append(one)
     return tuple(conversations)
+
+
+def _left_out(faults: Sequence[DataError]) -> Iterator[str]:
+    if faults:
+        counts = Counter(one.code for one in faults)
+        told = ", ".join(f"{code} {count}" for code, count in sorted(counts.items()))
+        yield f"{len(faults)} faulty rows are left out ({told}): `myna data check` tells which"
 
 
 def _untrained(path: Path, detected: Detected) -> DataError:

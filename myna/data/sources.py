@@ -84,12 +84,17 @@ def scan_rows(path: Path, *, max_rows: int | None = None) -> Iterator[Row | Data
     return _scan(files, max_rows)
 
 
+def scan_file(path: Path) -> Iterator[Row | DataError]:
+    """The rows of one file that was read before."""
+    return SOURCES[row_suffix(path)](path)
+
+
 def _scan(files: list[Path], max_rows: int | None) -> Iterator[Row | DataError]:
     num_rows = 0
     for file in files:
         before = num_rows
         try:
-            for row in SOURCES[row_suffix(file)](file):
+            for row in scan_file(file):
                 if num_rows == max_rows:
                     return
                 num_rows += 1

@@ -17,15 +17,16 @@ from myna.errors import DataError
 
 LONGEST_CELL = 2**31 - 1
 SEPARATORS = (",", ";", "\t", "|")
+TABLES = {".csv": ",", ".tsv": "\t"}  # and what usually parts their cells
 
 
 def scan_csv(path: Path) -> Iterator[Row | DataError]:
     """Rows of a .csv file; what parts the cells is what parts the header into most."""
-    return _scan_table(path, ",")
+    return _scan_table(path, TABLES[".csv"])
 
 
 def scan_tsv(path: Path) -> Iterator[Row | DataError]:
-    return _scan_table(path, "\t")
+    return _scan_table(path, TABLES[".tsv"])
 
 
 def _scan_table(path: Path, separator: str) -> Iterator[Row | DataError]:
@@ -73,7 +74,7 @@ def _header_fault(header: Sequence[str], place: Place) -> DataError | None:
 def _records(file: TextIO, path: Path, separator: str) -> Iterator[tuple[Place, list[str]] | DataError]:
     """Each record with the line where it starts; a broken quote ends the reading, a bad byte does not."""
     head = file.readline()
-    separator = _separator_of(head, separator)
+    separator = separator_of(head, separator)
     bad: list[DataError] = []
     csv.field_size_limit(LONGEST_CELL)  # a limit of the whole process; its default cuts at 128 KiB
     reader = csv.reader(_watched(chain([head], file), path, bad), delimiter=separator, strict=True)
@@ -96,7 +97,7 @@ def _records(file: TextIO, path: Path, separator: str) -> Iterator[tuple[Place, 
             yield place, cells
 
 
-def _separator_of(head: str, usual: str) -> str:
+def separator_of(head: str, usual: str) -> str:
     """What parts the header into most cells; `usual` where it does so as well as any other."""
     counts = {one: len(next(csv.reader([head], delimiter=one), [])) for one in SEPARATORS}
     return usual if counts[usual] == max(counts.values()) else max(counts, key=counts.__getitem__)

@@ -9,6 +9,7 @@ DIRECTION = (
     "errors",
     "interval",
     "data.conversation",
+    "recipe_faults",
     "recipe",
     "run",
     "show",
@@ -48,7 +49,7 @@ DIRECTION = (
     "data_commands",
     "cli",
 )
-FREE_OF_TORCH = ("errors", "interval", "data", "recipe", "run", "show")
+FREE_OF_TORCH = ("errors", "interval", "data", "recipe", "recipe_faults", "run", "show")
 
 
 def station(name: str) -> str | None:
