@@ -28,7 +28,7 @@ from myna.model.hub import PREFIX, fetch_repository
 from myna.model.load import read_config
 from myna.model.sources import PACKAGED, BaseFiles, Say, model_folder, resolve_base
 from myna.prepare import DEFAULT_MAX_LENGTH, LIBRARIES, save_tokenizer
-from myna.recipe import GivenData, GivenRecipe, ModelSettings, RunSettings, recipe_yaml
+from myna.recipe import DataSettings, GivenData, GivenRecipe, ModelSettings, RunSettings, recipe_yaml
 from myna.run import (
     RUNS_DIR,
     Run,
@@ -48,7 +48,7 @@ Kind = Literal["adapter", "model", "gguf"]
 OF_TRAINING: Mapping[str, Any] = {
     "adapter": True,
     "train": True,
-    "data": {"train", "test", "test_fraction", "format", "columns", "cut_long"},
+    "data": set(DataSettings.model_fields) - {"system", "max_length"},
 }
 
 
