@@ -29,14 +29,17 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a setting of the recipe")
 ]
 OnBadRow = Annotated[
-    BadRow, typer.Option(help="rows that cannot be used: exit 3 · leave out · leave out and keep in a file")
+    BadRow | None,
+    typer.Option(
+        help="rows that cannot be used: exit 3 · leave out · leave out and keep; default: the recipe's"
+    ),
 ]
 
 
 def check(
     path: RowsPath,
     overrides: Overrides = None,
-    on_bad_row: OnBadRow = BadRow.fail,
+    on_bad_row: OnBadRow = None,
     private: Annotated[
         bool, typer.Option(help="look for secrets and personal data too, which takes longest")
     ] = True,
@@ -45,14 +48,15 @@ def check(
     """Every fault with file, line, code and cure; exit 3 where a row cannot be used, 0 with warnings alone."""
     from myna.data.review import review_rows
 
-    rows, test, settings = _settings(path, overrides)
+    rows, test, wanted, settings = _settings(path, overrides)
+    on_bad_row = on_bad_row or wanted
     review = review_rows(rows, test=test, private=private, **settings)
-    kept = _quarantine(review.faults, rows.with_suffix("").name, on_bad_row)
+    kept = _quarantine(review.faults, Path(_stem(rows)), on_bad_row)
     if as_json:
         print_json(review.as_json() | {"quarantine": kept})
     else:
         _print(review, kept)
-    if review.num_errors and (on_bad_row == BadRow.fail or not review.num_conversations):
+    if review.num_errors and (on_bad_row == BadRow.fail or not review.usable):
         raise typer.Exit(DataError.exit_code)
 
 
@@ -60,7 +64,7 @@ def convert(
     path: RowsPath,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.jsonl", help="where the rows go")],
     overrides: Overrides = None,
-    on_bad_row: OnBadRow = BadRow.fail,
+    on_bad_row: OnBadRow = None,
     yes: Annotated[bool, typer.Option("--yes", help="replace FILE where it exists")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -71,13 +75,17 @@ def convert(
 
     if out.exists() and not yes:
         raise UsageError("is there already", where=str(out), help="--yes replaces it")
-    rows, _, settings = _settings(path, overrides)
+    rows, _, wanted, settings = _settings(path, overrides)
+    on_bad_row = on_bad_row or wanted
     read = read_conversations(rows, **settings)
-    if read.faults and (on_bad_row == BadRow.fail or not read.conversations):
+    read.require_trained()
+    if read.faults and (on_bad_row == BadRow.fail or not read.is_usable):
         raise gathered(read.faults, rows)
+    kept = _quarantine(
+        read.faults, out.with_suffix(""), on_bad_row
+    )  # before out is written: it may be the rows' own file
     lines = [json.dumps(as_row(one), ensure_ascii=False) + "\n" for one in read.conversations]
     write_text(out, "".join(lines))
-    kept = _quarantine(read.faults, str(out.with_suffix("")), on_bad_row)
     if as_json:
         print_json({"out": str(out), "rows": len(lines), "left_out": len(read.faults), "quarantine": kept})
         return
@@ -87,14 +95,25 @@ def convert(
         console.print(f"{len(read.faults)} faulty rows are left out{_kept_in(kept)}", highlight=False)
 
 
-def _quarantine(faults: Sequence[DataError], stem: str, on_bad_row: BadRow) -> str | None:
-    """Writes the faulty rows beside the command's place or output; its path, None where nothing was written."""
+def _stem(rows: Path) -> str:
+    """What files about these rows are named after: the name without its endings, of a pattern its folder's."""
+    from myna.data.sources import WILD
+
+    path = rows.resolve()
+    while any(c in path.name for c in WILD):
+        path = path.parent
+    return path.name.partition(".")[0] or "rows"
+
+
+def _quarantine(faults: Sequence[DataError], stem: Path, on_bad_row: BadRow) -> str | None:
+    """Writes the faulty rows; the file's path, None where nothing was to be written."""
     if on_bad_row != BadRow.quarantine or not faults:
         return None
     from myna.data.quarantine import quarantine_lines
+    from myna.data.sources import QUARANTINED
     from myna.run import write_text
 
-    path = Path(f"{stem}.quarantine.jsonl")
+    path = stem.with_name(f"{stem.name}{QUARANTINED}")
     write_text(path, "".join(quarantine_lines(faults)))
     return str(path)
 
@@ -103,8 +122,8 @@ def _kept_in(kept: str | None) -> str:
     return f" and kept in {kept}" if kept else ""
 
 
-def _settings(path: str, overrides: list[str] | None) -> tuple[Path, Path | None, Mapping[str, Any]]:
-    """The rows, the test rows where a recipe names them, and how they are read."""
+def _settings(path: str, overrides: list[str] | None) -> tuple[Path, Path | None, BadRow, Mapping[str, Any]]:
+    """The rows, the test rows where a recipe names them, what becomes of faulty ones, and how they are read."""
     from myna.data.rows import reading_of
     from myna.recipe import build_recipe, load_recipe
 
@@ -113,7 +132,8 @@ def _settings(path: str, overrides: list[str] | None) -> tuple[Path, Path | None
     else:
         data = build_recipe({"data": {"train": path}}, overrides or []).data
     settings = {"format_name": data.format, "columns": data.columns, "reading": reading_of(data)}
-    return Path(data.train), Path(data.test) if data.test else None, settings
+    test = Path(data.test) if data.test else None
+    return Path(data.train), test, BadRow(data.on_bad_row), settings
 
 
 def _print(review: Any, kept: str | None) -> None:

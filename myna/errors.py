@@ -64,11 +64,15 @@ class RecipeError(UsageError):
 
 
 class DataError(MynaError):
-    """`place` is where the row stands, as a value, where the fault is one row's."""
+    """`place` is where the row stands, as a value, where the fault is one row's.
+
+    `ends_reading`: no row after it was read.
+    """
 
     exit_code = 3
     default_code = "data"
     place: object = None
+    ends_reading: bool = False
 
 
 class ModelError(MynaError):

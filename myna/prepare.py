@@ -56,7 +56,7 @@ def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
 
     Raises DataError, ModelError, RecipeError or MachineError with nothing written but whole files.
     """
-    loaded, train, test = _read_rows(recipe, say)
+    loaded, train, test = _read_rows(recipe, run, say)
     base = resolve_base(pinned_base(run, recipe.model.base), say)
     config = read_config(base.folder)
     resolved = _resolve(recipe, run, config)
@@ -69,6 +69,8 @@ def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
     examples = render_rows(train, tokenizer, resolved, say)
     test = short_enough(test, tokenizer, resolved, say)
     inputs = _inputs(resolved, base, loaded, len(test))
+    faults = [fault for rows in loaded.values() for fault in rows.left_out]
+    quarantined = "".join(quarantine_lines(faults)) if recipe.data.on_bad_row == "quarantine" else ""
     if run.exists():
         _refuse_changes(run, resolved, inputs)
         plan = read_plan(run.plan_path)
@@ -78,9 +80,8 @@ def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
     else:
         plan = freeze_plan(resolved, config, [len(e.input_ids_T) for e in examples], this_machine())
         _write_run(run, resolved, base, plan, inputs, test, tokenizer)
-    faults = [fault for rows in loaded.values() for fault in rows.left_out]
-    if faults and resolved.data.on_bad_row == "quarantine":
-        write_text(run.quarantine_path, "".join(quarantine_lines(faults)))
+    if quarantined:
+        write_text(run.quarantine_path, quarantined)
         run.record([run.quarantine_path])
     return Prepared(run, resolved, base, tuple(examples), tuple(test), plan)
 
@@ -157,12 +158,15 @@ def short_enough(
 
 
 def _read_rows(
-    recipe: Recipe, say: Say
+    recipe: Recipe, run: Run, say: Say
 ) -> tuple[dict[str, LoadedRows], list[Conversation], list[Conversation]]:
     data = recipe.data
-    loaded = {"train": load_rows(data.train, data, max_rows=recipe.train.max_rows)}
+    known = run.info().get("data", {}) if run.exists() else {}
+    loaded = {
+        "train": load_rows(data.train, data, max_rows=recipe.train.max_rows, known=known.get("train")),
+    }
     if data.test:
-        loaded["test"] = load_rows(data.test, data)
+        loaded["test"] = load_rows(data.test, data, known=known.get("test"))
     for rows in loaded.values():
         for sentence in rows.said:
             say(sentence)
@@ -179,6 +183,12 @@ def _read_rows(
         )
         train, test = split.train, split.test
         say(f"{len(test)} of {loaded['train'].num_rows} rows are held out (data.test_fraction)")
+    asked = [conversation for conversation in test if conversation.messages[-1].trained]
+    if len(asked) < len(test):
+        say(
+            f"{len(test) - len(asked)} held-out rows end with an answer of weight 0, which is no answer to measure by"
+        )
+    test = asked
     if not train:
         raise DataError("no row is left to train on", where=data.train)
     return loaded, [c.with_system(data.system) for c in train], [c.with_system(data.system) for c in test]
@@ -289,8 +299,11 @@ def _refuse_changes(run: Run, recipe: Recipe, inputs: Mapping[str, Any]) -> None
     elif recorded.get("config_sha256", base.get("config_sha256")) != base.get("config_sha256"):
         changed.append("config.json of the base model changed")
     for name, file in inputs["data"].items():
-        if info["data"].get(name, {}).get("sha256") != file["sha256"]:
+        known = info["data"].get(name, {})
+        if known.get("sha256") != file["sha256"]:
             changed.append(f"the file data.{name} changed ({file['path']})")
+        elif known.get("rows", file["rows"]) != file["rows"]:
+            changed.append(f"data.{name} is read as {file['rows']} rows now, and was {known['rows']}")
     if changed:
         raise RecipeError(
             "the run was made from something else:\n  " + "\n  ".join(changed),

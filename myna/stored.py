@@ -17,7 +17,7 @@ from myna.run import Run, folder_files, run_path
 def run_of(recipe: Recipe) -> Run:
     """The run a recipe names: run.name, else the stem of its training file or folder, under ./runs."""
     path = Path(recipe.data.train)
-    while any(c in path.name for c in WILD):  # of a pattern the folder that it looks in
+    while not path.exists() and any(c in path.name for c in WILD):  # of a pattern the folder that it looks in
         path = path.parent
     name = recipe.run.name or path.name.partition(".")[0]
     if not name:
@@ -102,7 +102,7 @@ def training_rows(run: Run, max_rows: int) -> tuple[Conversation, ...]:
     data = stored_recipe(run).data
     if not data.train:
         return ()
-    loaded = load_rows(data.train, data, max_rows=max_rows)
+    loaded = load_rows(data.train, data, max_rows=max_rows, known=run.info()["data"].get("train"))
     tested = {row.messages for row in held_out(run)}
     rows = (row.with_system(data.system) for row in loaded.conversations)
     return tuple(row for row in rows if row.messages not in tested)

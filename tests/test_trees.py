@@ -112,7 +112,7 @@ def test_what_is_wrong_with_flat_messages(tmp_path: Path) -> None:
         {"message_id": "y", "parent_id": "x", "text": "y", "role": "prompter"},
     ]
     path = write(tmp_path / "a.jsonl", rows)
-    assert [code for code, _ in faults(path)] == ["D004", "D012", "D016"]
+    assert [code for code, _ in faults(path)] == ["D004", "D012", "D016", "D016"]
     assert [" ".join(m.content for m in c.messages) for c in read_conversations(path).conversations] == [
         "q a"
     ]

@@ -43,11 +43,14 @@ SHOWN_PLACES = 3
 SHOWN_NAMES = 12
 
 
-def fault(code: str, message: str, *, where: Place | str, help: str | None = None) -> DataError:
+def fault(
+    code: str, message: str, *, where: Place | str, help: str | None = None, ends_reading: bool = False
+) -> DataError:
     """One fault as the error that it is; the reader decides whether to raise it or to go on collecting."""
     assert code in CODES, code
     error = DataError(message, where=str(where), help=help, code=code)
     error.place = where if isinstance(where, Place) else None
+    error.ends_reading = ends_reading
     return error
 
 

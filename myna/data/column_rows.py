@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -56,14 +55,30 @@ def _rows_of_batches(batches: Any, names: Sequence[str], path: Path) -> Iterator
     number = 0
     for batch in batches:
         for start in range(0, len(batch), BATCH_ROWS):
-            for values in batch.slice(start, BATCH_ROWS).to_pylist():
+            for values in _values_of(batch.slice(start, BATCH_ROWS)):
                 number += 1
-                yield Row(values, Place(str(path), number, "row"))
+                place = Place(str(path), number, "row")
+                if isinstance(values, Exception):
+                    reason = str(values).partition("\n")[0]
+                    yield fault("D014", f"a value cannot be read: {reason}", where=place, help=WRITE_AGAIN)
+                else:
+                    yield Row(values, place)
+
+
+def _values_of(batch: Any) -> list[Any]:
+    """The rows of a batch as Python has them; an exception in the place of each that holds what Python has not."""
+    try:
+        return list(batch.to_pylist())
+    except (ValueError, OverflowError, KeyError) as error:
+        if len(batch) == 1:
+            return [error]
+    return [row for number in range(len(batch)) for row in _values_of(batch.slice(number, 1))]
 
 
 def _not_whole(kind: str, path: Path, error: Exception) -> DataError:
     reason = str(error).partition("\n")[0]
-    return fault("D007", f"is no whole {kind} file: {reason}", where=str(path), help=WRITE_AGAIN)
+    message = f"is no whole {kind} file: {reason or type(error).__name__}"
+    return fault("D007", message, where=str(path), help=WRITE_AGAIN, ends_reading=True)
 
 
 def scan_xlsx(path: Path) -> Iterator[Row | DataError]:
@@ -72,13 +87,14 @@ def scan_xlsx(path: Path) -> Iterator[Row | DataError]:
     A row's number is the one that a spreadsheet shows beside it. Formulas count as what they last came to.
     """
     import openpyxl
-    from openpyxl.utils.exceptions import InvalidFileException
 
     try:
         with path.open("rb") as file:
             book = openpyxl.load_workbook(file, read_only=True, data_only=True)
             yield from _rows_of_book(book, path)
-    except (InvalidFileException, zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError) as error:
+    except (
+        Exception
+    ) as error:  # of a damaged book openpyxl, zipfile and the XML parser raise some dozen kinds
         yield _not_whole("XLSX", path, error)
 
 
@@ -103,11 +119,16 @@ def _rows_of_book(book: Any, path: Path) -> Iterator[Row | DataError]:
             )
             return
         for place, cells in rows:
+            if len(cells) > len(columns):
+                message = f"{len(cells)} cells where the header has {len(columns)} ({named(columns)})"
+                yield fault("D005", message, where=place, help="name every column in the first row")
+                continue
             yield Row(dict(zip(columns, [*cells, *[None] * len(columns)], strict=False)), place)
 
 
 def _cells(sheet: Any, path: Path) -> Iterator[tuple[Place, list[Any]]]:
     """Every row that has a filled cell, without the empty cells at its end."""
+    sheet.reset_dimensions()  # what a file says of its size is often wrong
     for number, row in enumerate(sheet.iter_rows(values_only=True), start=1):
         cells = [_value_of(cell) for cell in row]
         while cells and cells[-1] is None:

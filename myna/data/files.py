@@ -62,7 +62,7 @@ def damaged(path: Path, error: DamagedArchiveError, *, num_rows: int = 0) -> Dat
     """A compressed file that does not unpack to its end."""
     after = f" after row {num_rows}" if num_rows else ""
     cure = "fetch or pack it again; the rows before that place are not read alone"
-    return fault("D007", f"{error}{after}", where=str(path), help=cure)
+    return fault("D007", f"{error}{after}", where=str(path), help=cure, ends_reading=True)
 
 
 def refuse_binary(path: Path) -> None:

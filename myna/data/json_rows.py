@@ -26,6 +26,7 @@ KIND_OF: Mapping[type, str] = {
     dict: "an object",
 }
 MEND = "mend the file at that place; reading cannot go on after it"
+PARTS_OF_A_ROW = ("paragraphs", "qas", "replies", "chosen", "rejected")
 DEEPEST_LIST = 3  # {"data": {"train": {"rows": [...]}}}
 BETWEEN = re.compile(r"[\s,]*")
 # Stands as a key in an object that names a key twice; its value is that key.
@@ -110,10 +111,11 @@ def _scan_document(path: Path) -> Iterator[Row | DataError]:
     try:
         documents, twice = _decode_all(text)
     except json.JSONDecodeError as error:
-        yield fault("D001", _broken(error), where=Place(str(path), error.lineno), help=MEND)
+        place = Place(str(path), error.lineno)
+        yield fault("D001", _broken(error), where=place, help=MEND, ends_reading=True)
         return
     except (ValueError, RecursionError) as error:
-        yield fault("D001", f"broken JSON: {_reason(error)}", where=str(path))
+        yield fault("D001", f"broken JSON: {_reason(error)}", where=str(path), ends_reading=True)
         return
     values = _values_of(documents[0], path) if len(documents) == 1 else documents
     for number, value in enumerate(values, start=1):
@@ -133,7 +135,8 @@ def _values_of(document: Any, path: Path) -> list[Any]:
     empty = [key for key, value in document.items() if value == []]
     if len(document) == 1 and empty:
         raise no_rows(path)
-    if len(lists) == 1 or not any(isinstance(value, list | dict) for value in document.values()):
+    is_plain = not any(isinstance(value, list | dict) for value in document.values())
+    if len(lists) == 1 or is_plain or (not lists and _has_parts(document)):
         return [document]
     message = f"the object must hold one list of rows; the keys are: {named(map(str, document))}"
     if lists:
@@ -146,12 +149,20 @@ def _values_of(document: Any, path: Path) -> list[Any]:
 def _lists_in(
     document: Mapping[str, Any], above: str = "", depth: int = 1
 ) -> Iterator[tuple[str, list[Any]]]:
-    """The lists of objects in an object and the objects in it, by their path: `data.train`."""
-    for key, value in document.items():
-        if _is_list_of_objects(value):
+    """The lists of objects in an object, by their path; where it has none, those of the objects in it: `data.train`."""
+    lists = {key: value for key, value in document.items() if _is_list_of_objects(value)}
+    for key, value in lists.items():
+        if key not in PARTS_OF_A_ROW:
             yield f"{above}{key}", value
-        elif isinstance(value, dict) and depth < DEEPEST_LIST:
+    for key, value in document.items():
+        if not lists and isinstance(value, dict) and depth < DEEPEST_LIST:
             yield from _lists_in(value, f"{above}{key}.", depth + 1)
+
+
+def _has_parts(document: Mapping[str, Any], depth: int = 1) -> bool:
+    """Whether it is one row of a shape that has lists of objects in it: an article, a tree of replies."""
+    below = [value for value in document.values() if isinstance(value, dict)] if depth < DEEPEST_LIST else []
+    return any(key in PARTS_OF_A_ROW for key in document) or any(_has_parts(one, depth + 1) for one in below)
 
 
 def _is_list_of_objects(value: Any) -> bool:
@@ -202,13 +213,17 @@ def _marking(twice: list[str]) -> Callable[[list[tuple[Any, Any]]], dict[Any, An
 
 
 def _twice_in(value: Any) -> str | None:
-    if isinstance(value, dict):
-        if _TWICE in value:
-            return str(value[_TWICE])
-        value = value.values()
-    elif not isinstance(value, list):
-        return None
-    return next((key for one in value if (key := _twice_in(one)) is not None), None)
+    """A key that an object in `value` names twice; however deep, so without recursion."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            if _TWICE in one:
+                return str(one[_TWICE])
+            waiting.extend(one.values())
+        elif isinstance(one, list):
+            waiting.extend(one)
+    return None
 
 
 def _broken(error: json.JSONDecodeError) -> str:

@@ -40,10 +40,11 @@ def _unpack_zstd(file: BinaryIO) -> Any:
     return pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")
 
 
+BZIP2 = b"BZh"  # and a digit, and the first block's magic: text may begin so
 PACKINGS: Mapping[bytes, Packing] = {
     b"\x1f\x8b": Packing("gzip", lambda file: gzip.GzipFile(fileobj=file)),
     b"\x28\xb5\x2f\xfd": Packing("zstd", _unpack_zstd),
-    b"BZh": Packing("bzip2", bz2.BZ2File),
+    BZIP2: Packing("bzip2", bz2.BZ2File),
     b"\xfd7zXZ\x00": Packing("xz", lzma.LZMAFile),
 }
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -58,6 +59,8 @@ def row_suffix(path: Path) -> str:
 
 def packing_of(head: bytes) -> Packing | None:
     """How a file with these first bytes is compressed, None where it is not."""
+    if head.startswith(BZIP2) and head[4:10] not in (b"1AY&SY", b"\x17rE8P\x90"):
+        return None
     return next((packing for magic, packing in PACKINGS.items() if head.startswith(magic)), None)
 
 

@@ -17,6 +17,7 @@ from myna.data.json_rows import kind_of
 from myna.data.shapes import Keys, is_filled, text_of
 from myna.data.turns import read_text, read_turns
 
+TRUTHS = ("true", "false")  # as a table has them
 PROMPTS = ("prompt", "question", "instruction", "conversations", "messages")
 
 
@@ -87,8 +88,13 @@ def has_sides(row: Row, keys: Keys) -> bool:
 
 
 def has_truth(row: Row, keys: Keys) -> bool:
-    """Whether the label is true or false: other labels are names of classes."""
-    return isinstance(row.values[keys["label"]], bool)
+    """Whether the label is true or false, or left open: other labels are names of classes."""
+    value = row.values[keys["label"]]
+    return (
+        value is None
+        or isinstance(value, bool)
+        or (isinstance(value, str) and value.strip().lower() in TRUTHS)
+    )
 
 
 def read_labelled_messages(row: Row, keys: Keys) -> tuple[Message, ...]:
@@ -108,6 +114,6 @@ def read_labelled_pair(row: Row, keys: Keys) -> tuple[Message, ...]:
 
 def _require_truth(row: Row, key: str) -> None:
     value = row.values[key]
-    if not isinstance(value, bool):
+    if not isinstance(value, bool) and str(value).strip().lower() not in TRUTHS:
         message = f"`{shown(key)}` is {kind_of(value)}, not true or false"
         raise fault("D014", message, where=row.place)

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from myna.data.check import fault
+from myna.data.check import fault, shown
 from myna.data.conversation import Conversation, Message, Place, Row
 from myna.data.json_rows import kind_of
 from myna.data.shapes import Keys, Made, Reading, is_objects, text_of
-from myna.data.turns import read_text
+from myna.data.turns import is_true, read_text
 from myna.errors import DataError
 
 
@@ -39,7 +39,7 @@ def read_articles(row: Row, keys: Keys, reading: Reading) -> Made:
                 yield fault("D014", f"question {count} is {kind_of(question)}, not an object", where=place)
                 continue
             named = question.get("id", f"{number}.{count}")
-            own = replace(row.place, part=f"question {named}")
+            own = replace(row.place, part=f"question {shown(str(named))}")
             yield from _read_question(paragraph.get("context"), question, own, reading)
 
 
@@ -68,10 +68,13 @@ def _asked(context: str, question: str, answer: str, place: Place) -> Conversati
 
 def _answer_of(answers: Any, values: Mapping[str, Any], place: Place, reading: Reading) -> str:
     """The first answer that is not empty; `no_answer` where there is none and none is meant to be."""
+    if isinstance(answers, dict) and "text" not in answers:
+        raise fault("D012", "`answers` has no `text`", where=place)
     texts = list(_texts(answers))
     given = next((text for text in texts if isinstance(text, str) and text.strip()), None)
-    if values.get("is_impossible") or (given is None and not texts):
-        if answers is None and not values.get("is_impossible"):
+    impossible = is_true(values.get("is_impossible"))
+    if impossible or (given is None and not texts):
+        if answers is None and not impossible:
             raise fault("D012", "`answers` is missing", where=place)
         return reading.no_answer
     return read_text(given if given is not None else texts[0], "the answer", place)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +47,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Review:
-    """What was found in the rows of one path. Lengths are characters of a whole conversation; `faults` are all errors."""
+    """What was found in the rows of one path. Lengths are characters of a whole conversation.
+
+    `faults` are all errors, `usable` is whether rows are left without them, `trained` whether this shape can be trained on.
+    """
 
     path: str
     shape: str
@@ -64,6 +67,8 @@ class Review:
     scripts: Mapping[str, int]
     findings: tuple[Finding, ...]
     not_checked: tuple[str, ...]
+    trained: bool
+    usable: bool
     faults: tuple[DataError, ...]
 
     @property
@@ -89,6 +94,8 @@ class Review:
             yield "scripts", ", ".join(f"{name} {count:,}" for name, count in self.scripts.items())
         if self.ignored:
             yield "ignored keys", named(self.ignored)
+        if not self.trained:
+            yield "training", f"{self.shape} are read and checked, not trained on yet"
         for one in self.not_checked:
             yield "not checked", one
 
@@ -108,13 +115,20 @@ def review_rows(
     data. RecipeError where `format_name` or `columns` cannot be; what is wrong with rows is in the answer.
     """
     settings: dict[str, Any] = {"format_name": format_name, "columns": columns, "reading": reading}
+    read = read_or_fault(path, **settings)
+    held_out = read_or_fault(test, **settings) if test else ReadRows(path, (), None, 0, ())
+    digests = prompt_digests(held_out.conversations)
+    warned = warnings_of(read.conversations, held_out=digests, private=private)
+    faults = (*read.faults, *held_out.faults)
+    return _summary(replace(read, faults=faults), (*_errors(faults), *_warnings(warned)))
+
+
+def read_or_fault(path: Path, **settings: Any) -> ReadRows:
+    """As `read_conversations`, with the one fault of a file that cannot be opened beside the others."""
     try:
-        read = read_conversations(path, **settings)
-        held_out = prompt_digests(read_conversations(test, **settings).conversations) if test else frozenset()
+        return read_conversations(path, **settings)
     except DataError as error:
-        read, held_out = ReadRows(path, (), None, 0, (error,)), frozenset()
-    warned = warnings_of(read.conversations, held_out=held_out, private=private)
-    return _summary(read, (*_errors(read.faults), *_warnings(warned)))
+        return ReadRows(path, (), None, 0, (error,))
 
 
 def _summary(read: ReadRows, findings: Sequence[Finding]) -> Review:
@@ -126,9 +140,10 @@ def _summary(read: ReadRows, findings: Sequence[Finding]) -> Review:
     ordered = sorted(lengths)
     longest = max(range(len(lengths)), key=lengths.__getitem__, default=None)
     detected = read.detected
+    shape = format_named(detected.name) if detected else None
     return Review(
         path=str(read.path),
-        shape=format_named(detected.name).title if detected else "of no known shape",
+        shape=shape.title if shape else "of no known shape",
         confidence=detected.confidence if detected else 0.0,
         ignored=detected.ignored if detected else (),
         num_rows=read.num_rows,
@@ -142,6 +157,8 @@ def _summary(read: ReadRows, findings: Sequence[Finding]) -> Review:
         scripts=dict(scripts.most_common()),
         findings=tuple(findings),
         not_checked=(NEEDS_TOKENS,),
+        trained=shape is None or shape.trained,
+        usable=read.is_usable,
         faults=read.faults,
     )
 

@@ -14,7 +14,7 @@ from myna.data.conversation import Conversation, Place, Row
 from myna.data.detect import Detected, detect_format, differing, has_required
 from myna.data.formats import FORMATS, format_named, keys_of, to_conversations
 from myna.data.shapes import AS_THEY_COME, Reading
-from myna.data.sources import digest_of, scan_rows, title_of
+from myna.data.sources import digest_of, is_there, scan_rows, title_of
 from myna.errors import DataError
 from myna.recipe import DataSettings
 
@@ -52,12 +52,32 @@ class ReadRows:
     num_rows: int
     faults: tuple[DataError, ...]
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether something is left where faulty rows are left out; what follows a broken end is not known to be rows."""
+        return bool(self.conversations) and not any(fault.ends_reading for fault in self.faults)
 
-def load_rows(path: str | Path, data: DataSettings, *, max_rows: int | None = None) -> LoadedRows:
-    """`load_conversations` as a recipe says, with the turns that it trains."""
+    def require_trained(self) -> None:
+        """DataError where rows of this shape are read and checked, and not trained on yet."""
+        if self.detected and not format_named(self.detected.name).trained:
+            raise _untrained(self.path, self.detected)
+
+
+def load_rows(
+    path: str | Path,
+    data: DataSettings,
+    *,
+    max_rows: int | None = None,
+    known: Mapping[str, Any] | None = None,
+) -> LoadedRows:
+    """`load_conversations` as a recipe says, with the turns that it trains.
+
+    `known` is what a run's run.json says of these rows: while the file is the same, so is the shape that it is read in.
+    """
+    same = known is not None and data.format == "auto" and known.get("sha256") == _digest_if_there(Path(path))
     loaded = load_conversations(
         Path(path),
-        format_name=data.format,
+        format_name=str(known["format"]) if same and known else data.format,
         columns=data.columns,
         max_rows=max_rows,
         reading=reading_of(data),
@@ -66,6 +86,10 @@ def load_rows(path: str | Path, data: DataSettings, *, max_rows: int | None = No
     if data.train_on == "all":
         return loaded
     return replace(loaded, conversations=tuple(c.last_turn_trained() for c in loaded.conversations))
+
+
+def _digest_if_there(path: Path) -> str | None:
+    return digest_of(path) if is_there(path) else None
 
 
 def reading_of(data: DataSettings) -> Reading:
@@ -92,9 +116,8 @@ def load_conversations(
     read = read_conversations(
         path, format_name=format_name, columns=columns, max_rows=max_rows, reading=reading
     )
-    if read.detected and not format_named(read.detected.name).trained:
-        raise _untrained(path, read.detected)
-    if read.faults and not (skip_bad and read.conversations):
+    read.require_trained()
+    if read.faults and not (skip_bad and read.is_usable):
         raise gathered(read.faults, path)
     assert read.detected
     conversations = read.conversations[:max_rows]
@@ -133,6 +156,10 @@ def read_conversations(
         detected = detect_format(rows, format_name=format_name, columns=columns)
     except DataError as error:
         return ReadRows(path, (), None, num_rows, (*faults, error))
+    if max_rows is not None and (format_named(detected.name).gather or reading.language):
+        # the first rows are no whole conversations, or not of the language: of all rows the first that are
+        whole = read_conversations(path, format_name=detected.name, columns=columns, reading=reading)
+        return replace(whole, conversations=whole.conversations[:max_rows])
     conversations = _converted(rows, detected, reading, faults)
     if not conversations and not faults:
         faults.append(fault("D020", "no conversation is left of these rows", where=str(path)))
@@ -188,7 +215,14 @@ def _untrained(path: Path, detected: Detected) -> DataError:
         for one in FORMATS
         if one.name in keys and has_required(like, one, keys[one.name]) and one.fits(like, keys[one.name])
     ]
-    cure = f"--set data.format={others[0].name} learns them as {others[0].title}" if others else None
+    has_pairs = (
+        shape.name == "preference"
+    )  # labelled rows have bad answers among them: no other shape is a cure
+    cure = (
+        f"--set data.format={others[0].name} learns the rows as {others[0].title}"
+        if others and has_pairs
+        else None
+    )
     message = f"these are {shape.title}, which are read and checked, not trained on yet"
     return fault("D017", message, where=str(path), help=cure)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -28,6 +29,7 @@ SOURCES: Mapping[str, Callable[[Path], Iterator[Row | DataError]]] = {
     ".xlsx": scan_xlsx,
 }
 WILD = "*?["
+QUARANTINED = ".quarantine.jsonl"  # faulty rows that were set aside: no rows of their folder
 
 
 def files_of(path: Path) -> list[Path]:
@@ -63,7 +65,8 @@ def digest_of(path: Path) -> str:
     files = files_of(path)
     if files == [path]:
         return sha256_of(path)
-    lines = "".join(f"{sha256_of(file)}  {file.name}\n" for file in files)
+    root = path if path.is_dir() else Path(os.path.commonpath([file.parent for file in files]))
+    lines = "".join(f"{sha256_of(file)}  {file.relative_to(root).as_posix()}\n" for file in files)
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
@@ -79,8 +82,10 @@ def read_rows(path: Path, *, max_rows: int | None = None) -> Iterator[Row]:
 def scan_rows(path: Path, *, max_rows: int | None = None) -> Iterator[Row | DataError]:
     """As `read_rows`, with a fault in the place of each row that cannot be read; both count as rows."""
     files = files_of(path)
-    for file in files:
-        refuse_unreadable(file, SOURCES)
+    if (
+        len(files) == 1
+    ):  # a file that cannot be opened is refused at the call; of several it is one fault among others
+        refuse_unreadable(files[0], SOURCES)
     return _scan(files, max_rows)
 
 
@@ -94,6 +99,8 @@ def _scan(files: list[Path], max_rows: int | None) -> Iterator[Row | DataError]:
     for file in files:
         before = num_rows
         try:
+            if len(files) > 1:
+                refuse_unreadable(file, SOURCES)
             for row in scan_file(file):
                 if num_rows == max_rows:
                     return
@@ -102,12 +109,18 @@ def _scan(files: list[Path], max_rows: int | None) -> Iterator[Row | DataError]:
         except DamagedArchiveError as error:
             num_rows += 1
             yield damaged(file, error, num_rows=num_rows - before - 1)
+        except DataError as error:
+            if len(files) == 1:
+                raise
+            num_rows += 1
+            yield error
         if num_rows == before and num_rows != max_rows:
             yield no_rows(file)
 
 
 def _holds_rows(path: Path, folder: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    hidden = hidden or path.name.endswith(QUARANTINED)
     return not hidden and row_suffix(path) in SOURCES and path.is_file()
 
 

@@ -73,10 +73,10 @@ def _header_fault(header: Sequence[str], place: Place) -> DataError | None:
 
 def _records(file: TextIO, path: Path, separator: str) -> Iterator[tuple[Place, list[str]] | DataError]:
     """Each record with the line where it starts; a broken quote ends the reading, a bad byte does not."""
+    csv.field_size_limit(LONGEST_CELL)  # a limit of the whole process; its default cuts at 128 KiB
     head = file.readline()
     separator = separator_of(head, separator)
     bad: list[DataError] = []
-    csv.field_size_limit(LONGEST_CELL)  # a limit of the whole process; its default cuts at 128 KiB
     reader = csv.reader(_watched(chain([head], file), path, bad), delimiter=separator, strict=True)
     start = 1
     while True:
@@ -85,7 +85,8 @@ def _records(file: TextIO, path: Path, separator: str) -> Iterator[tuple[Place, 
             cells = next(reader, None)
         except csv.Error as error:
             message = f"broken cell in the record that starts here: {error}"
-            yield fault("D005", message, where=place, help='close every quote; a quote inside is written ""')
+            cure = 'close every quote; a quote inside is written ""'
+            yield fault("D005", message, where=place, help=cure, ends_reading=True)
             return
         if cells is None:
             return
@@ -98,9 +99,9 @@ def _records(file: TextIO, path: Path, separator: str) -> Iterator[tuple[Place, 
 
 
 def separator_of(head: str, usual: str) -> str:
-    """What parts the header into most cells; `usual` where it does so as well as any other."""
+    """What parts cells: `usual` where it parts the header at all, else what parts it into most."""
     counts = {one: len(next(csv.reader([head], delimiter=one), [])) for one in SEPARATORS}
-    return usual if counts[usual] == max(counts.values()) else max(counts, key=counts.__getitem__)
+    return usual if counts[usual] > 1 else max((usual, *SEPARATORS), key=counts.__getitem__)
 
 
 def _watched(lines: Iterable[str], path: Path, bad: list[DataError]) -> Iterator[str]:

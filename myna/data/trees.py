@@ -9,7 +9,7 @@ rank (0 is the best), where none is ranked the first; all paths are every one, e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ from myna.data.check import fault, shown
 from myna.data.conversation import Conversation, Message, Place, Role, Row
 from myna.data.json_rows import kind_of
 from myna.data.shapes import Keys, Made, Reading
-from myna.data.turns import read_text
+from myna.data.turns import is_true, read_text
 from myna.errors import DataError
 
 TREE_ROLES: Final[Mapping[str, Role]] = {
@@ -77,7 +77,7 @@ def _paths(root: Node, reading: Reading) -> Iterator[tuple[Node, ...]]:
 def _conversation(path: Sequence[Node], place: Place) -> Conversation:
     """Turns of one speaker that follow each other are a fault of the tree."""
     last = path[-1].get("message_id")
-    place = replace(place, part=f"reply {last}") if last else place
+    place = replace(place, part=f"reply {shown(str(last))}") if last else place
     messages = []
     for number, node in enumerate(path, start=1):
         role = _role(node)
@@ -99,12 +99,16 @@ def _role(node: Node) -> Role | None:
 
 
 def _rank(node: Node) -> float:
-    rank = node.get("rank")
-    return float(rank) if isinstance(rank, int | float) else UNRANKED
+    try:
+        return float(node["rank"])  # a table has it as a text
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return UNRANKED
 
 
 def _is_meant(node: Node, reading: Reading) -> bool:
-    return not node.get("deleted") and (reading.language is None or node.get("lang") == reading.language)
+    return not is_true(node.get("deleted")) and (
+        reading.language is None or node.get("lang") == reading.language
+    )
 
 
 def gather_trees(rows: Sequence[Row], keys: Keys) -> Iterator[Row | DataError]:
@@ -121,7 +125,7 @@ def gather_trees(rows: Sequence[Row], keys: Keys) -> Iterator[Row | DataError]:
         kept = {name: row.values.get(keys.get(name, name)) for name in KEPT}
         nodes[identity] = {"message_id": identity, "text": text, "role": role, **kept, "replies": []}
         places[identity] = row.place
-    roots = []
+    roots, strays = [], set()
     for row in rows:
         identity, parent = str(row.values[keys["message_id"]]), row.values[keys["parent_id"]]
         if places.get(identity) != row.place:
@@ -129,31 +133,30 @@ def gather_trees(rows: Sequence[Row], keys: Keys) -> Iterator[Row | DataError]:
         if parent in (None, ""):
             roots.append(Row({ROOT: nodes[identity]}, row.place))
         elif str(parent) not in nodes:
+            strays.add(identity)
             message = f"it replies to {shown(str(parent))}, which is no `{keys['message_id']}` of these rows"
             yield fault(
                 "D012", message, where=row.place, help="take the reply out, or add what it replies to"
             )
         else:
             nodes[str(parent)]["replies"].append(nodes[identity])
-            nodes[identity]["parent"] = parent
     yield from roots
-    for identity in _in_circles(nodes):
-        yield fault("D016", "its replies lead back to itself", where=places[identity])
+    reached = _reached(root.values[ROOT] for root in roots)
+    for identity in nodes:
+        if identity not in reached and identity not in strays:
+            message = "no first message leads to it: what it replies to is missing, or replies to itself"
+            yield fault("D016", message, where=places[identity])
 
 
-def _in_circles(nodes: Mapping[str, Node]) -> Iterator[str]:
-    """The messages that no root leads to, though each replies to one of them: one for each circle."""
-    outside: set[str] = set()
-    for start in nodes:
-        trail: dict[str, None] = {}
-        identity: str | None = start
-        while identity is not None and identity not in outside and identity not in trail:
-            trail[identity] = None
-            parent = nodes[identity].get("parent")
-            identity = None if parent is None else str(parent)
-        if identity is not None and identity in trail:
-            yield identity
-        outside |= trail.keys()
+def _reached(roots: Iterable[Node]) -> set[str]:
+    """The ids of all messages that are or follow one of `roots`."""
+    found: set[str] = set()
+    waiting = list(roots)
+    while waiting:
+        node = waiting.pop()
+        found.add(node["message_id"])
+        waiting.extend(node["replies"])
+    return found
 
 
 def read_gathered(row: Row, keys: Keys, reading: Reading) -> Made:

@@ -46,6 +46,13 @@ def _checked_text(value: Any, name: str, place: Place) -> str:
     return value
 
 
+def is_true(value: Any) -> bool:
+    """Whether a cell says yes: true, 1, or a table's text for it. Any other text is no."""
+    if isinstance(value, str):
+        return value.strip().lower() in ("true", "1", "yes")
+    return value is True or (isinstance(value, int | float) and value == 1)
+
+
 def read_turns(value: Any, key: str, place: Place) -> tuple[Message, ...]:
     """A list of messages, each with role and content or from and value, as checked messages."""
     if value is None or value == []:

@@ -21,9 +21,7 @@ CONTROL = re.compile(
     r"<\|[a-z_0-9]{2,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|</?tool_(?:call|response)>"
 )
 # letters of two alphabets in one word: a Cyrillic а in an English word looks the same and is another token
-TWO_SCRIPTS = re.compile(
-    r"(?:[A-Za-z]+[\u0370-\u03ff\u0400-\u04ff]|[\u0370-\u03ff\u0400-\u04ff]+[A-Za-z])\w*"
-)
+TWO_SCRIPTS = re.compile(r"[A-Za-z][\u0370-\u04ff]|[\u0370-\u04ff][A-Za-z]")
 PRIVATE: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("a private key", re.compile(r"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----")),
     (
@@ -65,7 +63,7 @@ def warnings_of(
     """
     whole: dict[bytes, Place | None] = {}
     answered: dict[bytes, tuple[bytes, Place | None]] = {}
-    answers: Counter[str] = Counter()
+    answers: Counter[bytes] = Counter()
     num_rows = 0
     for conversation in conversations:
         num_rows += 1
@@ -83,12 +81,12 @@ def warnings_of(
         if prompt in held_out:
             yield Warned("D032", "its prompt stands in the test rows too", place, LEAKED)
         if len(answers) <= MOST_LABELS:
-            answers[conversation.answer()[:80]] += 1
+            answers[answer] += 1
         yield from _in_texts(conversation, private=private)
     yield from _lopsided(answers, num_rows)
 
 
-def _lopsided(answers: Counter[str], num_rows: int) -> Iterator[Warned]:
+def _lopsided(answers: Counter[bytes], num_rows: int) -> Iterator[Warned]:
     if not 1 < len(answers) <= MOST_LABELS or num_rows < FEWEST_ROWS:
         return
     ((_, count),) = answers.most_common(1)

@@ -53,6 +53,8 @@ class NativeProducts(WideProducts):
         *,
         turned: bool,
     ) -> torch.Tensor:
+        assert bias is None or bias.dtype == x.dtype
+        assert min(*x.shape, out.shape[1]) > 0, "a product of nothing"
         assert weight.dtype == out.dtype == x.dtype and weight.stride(1) == out.stride(1) == 1
         x, bias = in_rows(x), None if bias is None else bias.contiguous()
         wide = self._room("x", len(x), whole_vectors(x.shape[1]))
