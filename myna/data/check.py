@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -94,6 +95,7 @@ def _cures(group: Sequence[DataError]) -> list[str]:
     return list(dict.fromkeys(one.help for one in group[:SHOWN_PLACES] if one.help))
 
 
+@functools.lru_cache(1024)  # the keys of rows, again and again
 def shown(text: str, width: int = 60) -> str:
     """A text of the user's, fit for a terminal: cut, and nothing in it that is not printable."""
     short = text if len(text) <= width else text[: width - 1] + "…"

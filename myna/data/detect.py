@@ -10,9 +10,11 @@ from typing import Any
 from myna.data.check import fault, named, nearest, shown
 from myna.data.conversation import Row
 from myna.data.formats import FORMATS, format_named, keys_of, missing_key, required_keys, setting
-from myna.data.shapes import Format, Keys
+from myna.data.shapes import Format, Keys, always
 from myna.data.turns import TURN_KEYS
 from myna.errors import DataError, RecipeError
+
+KNOWN_IN_TURNS = frozenset(TURN_KEYS)
 
 
 @dataclass(frozen=True)
@@ -41,19 +43,22 @@ def detect_format(
     columns = columns or {}
     best: Detected | None = None
     shapes = _candidates(format_name, columns)
+    alike = _alike(rows)
     for shape in shapes:
-        keys = _common_keys(rows, shape, columns)
+        keys = _common_keys(alike, shape, columns)
         fits = (
-            shape.fits if format_name == "auto" else _always
+            shape.fits if format_name == "auto" else always
         )  # a shape that is named is held to its own faults
-        fitting = (has_required(row, shape, keys) and fits(row, keys) for row in rows) if keys else ()
-        found = sum(fitting) / len(rows)
+        having = (group for group in alike if keys and has_required(group[0], shape, keys))
+        found = sum(len(g) if fits is always else sum(fits(row, keys) for row in g) for g in having) / len(
+            rows
+        )
         if found > (best.confidence if best else 0.0):
             best = Detected(shape.name, found, keys, ())
     if best is None:
         raise _untold(_typical(rows), shapes, columns)
     _refuse_unused(rows, best, columns)
-    return Detected(best.name, best.confidence, best.keys, _ignored(rows, best.keys))
+    return Detected(best.name, best.confidence, best.keys, _ignored(rows, alike, best.keys))
 
 
 def differing(row: Row, detected: Detected) -> DataError | None:
@@ -92,17 +97,26 @@ def _candidates(format_name: str, columns: Mapping[str, str]) -> list[Format]:
     return fitting
 
 
-def _common_keys(rows: Sequence[Row], shape: Format, columns: Mapping[str, str]) -> dict[str, str]:
+def _alike(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows in groups that have the same keys, and null under the same ones: what shapes ask of a row by its keys."""
+    groups: dict[tuple[tuple[str, ...], tuple[bool, ...]], list[Row]] = {}
+    for row in rows:
+        nulls = tuple(value is None for value in row.values.values())
+        groups.setdefault((tuple(row.values), nulls), []).append(row)
+    return list(groups.values())
+
+
+def _common_keys(alike: Sequence[Sequence[Row]], shape: Format, columns: Mapping[str, str]) -> dict[str, str]:
     """The keys that most of the fitting rows go by: the required ones together, the others singly."""
     together: Counter[tuple[str, ...]] = Counter()
     alone: dict[str, Counter[str]] = {}
     names = [column.name for column in shape.columns if column.required]
-    for row in rows:
-        keys = keys_of(row, shape, columns)
+    for group in alike:
+        keys = keys_of(group[0], shape, columns)
         if all(name in keys for name in names):
-            together[tuple(keys[name] for name in names)] += 1
+            together[tuple(keys[name] for name in names)] += len(group)
             for name in keys.keys() - set(names):
-                alone.setdefault(name, Counter())[keys[name]] += 1
+                alone.setdefault(name, Counter())[keys[name]] += len(group)
     if not together:
         return {}
     common = dict(zip(names, together.most_common(1)[0][0], strict=True))
@@ -117,19 +131,15 @@ def has_required(row: Row, shape: Format, keys: Keys) -> bool:
     )
 
 
-def _always(row: Row, keys: Keys) -> bool:
-    return True
-
-
-def _ignored(rows: Sequence[Row], keys: Keys) -> tuple[str, ...]:
-    """Keys that are not read, in the order in which they first appear."""
+def _ignored(rows: Sequence[Row], alike: Sequence[Sequence[Row]], keys: Keys) -> tuple[str, ...]:
+    """Keys that are not read, those of rows before those of turns, in the order in which they first appear."""
     read = set(keys.values())
-    seen: dict[str, None] = {}
-    for row in rows:
-        seen |= dict.fromkeys(key for key in row.values if key not in read)
-        for name in ("messages", "conversations"):
-            for turn in _turns_in(row.values.get(keys.get(name, ""))):
-                seen |= dict.fromkeys(f"{keys[name]}.{key}" for key in turn if key not in TURN_KEYS)
+    seen = dict.fromkeys(key for group in alike for key in group[0].values if key not in read)
+    for name in ("messages", "conversations"):
+        for row in rows if name in keys else ():
+            for turn in _turns_in(row.values.get(keys[name])):
+                if not turn.keys() <= KNOWN_IN_TURNS:
+                    seen |= dict.fromkeys(f"{keys[name]}.{key}" for key in turn if key not in TURN_KEYS)
     return tuple(seen)
 
 

@@ -193,11 +193,14 @@ FORMATS: tuple[Format, ...] = (
 )
 
 
+BY_NAME: Mapping[str, Format] = {shape.name: shape for shape in FORMATS}
+
+
 def format_named(name: str) -> Format:
     """The table's line of that name. Raises RecipeError with the nearest name."""
-    for one in FORMATS:
-        if one.name == name:
-            return one
+    shape = BY_NAME.get(name)
+    if shape:
+        return shape
     names = [one.name for one in FORMATS]
     near = nearest([name], names)
     cure = f"--set data.format={near}" if near else "--set data.format=auto"

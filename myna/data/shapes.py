@@ -43,6 +43,11 @@ class Column:
 Made = Iterator[Conversation | DataError]
 
 
+def always(row: Row, keys: Keys) -> bool:
+    """For shapes whose keys say enough."""
+    return True
+
+
 @dataclass(frozen=True)
 class Format:
     """A shape of rows. `read` makes conversations of a row, given which of the row's keys is which column.
@@ -56,7 +61,7 @@ class Format:
     description: str
     columns: tuple[Column, ...]
     read: Callable[[Row, Keys, Reading], Made]
-    fits: Callable[[Row, Keys], bool] = lambda row, keys: True
+    fits: Callable[[Row, Keys], bool] = always
     gather: Callable[[Sequence[Row], Keys], Iterator[Row | DataError]] | None = None
     trained: bool = True
 
