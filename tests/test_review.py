@@ -114,7 +114,7 @@ SECRETS = {
 
 
 def test_every_kind_of_private_thing_is_found_and_not_printed(tmp_path: Path) -> None:
-    assert SECRETS.keys() == {kind for kind, _ in PRIVATE}
+    assert SECRETS.keys() == {kind for kind, _, _ in PRIVATE}
     for kind, text in SECRETS.items():
         assert private_in(f"it is {text}, you know") == [kind]
     review = review_rows(write(tmp_path / "a.jsonl", *map(pair, SECRETS.values())))

@@ -166,7 +166,10 @@ def _summary(read: ReadRows, findings: Sequence[Finding]) -> Review:
 def _scripts_of(conversation: Conversation) -> Iterator[str]:
     """The scripts that a conversation has letters of."""
     texts = [message.content for message in conversation.messages]
-    return (name for name, letters in SCRIPTS if any(letters.search(text) for text in texts))
+    wide = [text for text in texts if not text.isascii()]
+    for name, letters in SCRIPTS:
+        if any(letters.search(text) for text in (texts if name == "Latin" else wide)):
+            yield name
 
 
 def _errors(faults: Iterable[DataError]) -> Iterator[Finding]:

@@ -22,10 +22,12 @@ CONTROL = re.compile(
 )
 # letters of two alphabets in one word: a Cyrillic а in an English word looks the same and is another token
 TWO_SCRIPTS = re.compile(r"[A-Za-z][\u0370-\u04ff]|[\u0370-\u04ff][A-Za-z]")
-PRIVATE: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("a private key", re.compile(r"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----")),
+# what it is, a sign that is in every one of them and is looked for first, and the pattern
+PRIVATE: tuple[tuple[str, str, re.Pattern[str]], ...] = (
+    ("a private key", "-----BEGIN", re.compile(r"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----")),
     (
         "an access key",
+        "",
         re.compile(
             r"\b(?:AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{36,}|sk-(?:[a-z]+-)?[A-Za-z0-9_-]{20,}|hf_[A-Za-z0-9]{30,}"
             r"|xox[abprs]-[A-Za-z0-9-]{10,}|AIza[0-9A-Za-z_-]{35})"
@@ -33,10 +35,11 @@ PRIVATE: tuple[tuple[str, re.Pattern[str]], ...] = (
     ),
     (
         "an e-mail address",
+        "@",
         re.compile(r"\b[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*\.[A-Za-z]{2,24}\b"),
     ),
-    ("a card number", re.compile(r"\b(?:\d[ -]?){12,18}\d\b")),
-    ("an IBAN", re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")),
+    ("a card number", "", re.compile(r"\b(?:\d[ -]?){12,18}\d\b")),
+    ("an IBAN", "", re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")),
 )
 
 
@@ -115,20 +118,22 @@ def _in_texts(conversation: Conversation, *, private: bool) -> Iterator[Warned]:
     """The first finding of each kind in one conversation; what was found is not repeated, it may be a secret."""
     place = conversation.place
     for message in conversation.messages:
-        if CONTROL.search(message.content):
+        text = message.content
+        if ("<" in text or "[" in text) and CONTROL.search(text):
             yield Warned(
                 "D034", f"a {message.role} turn spells a control token of chat templates", place, SPELLED
             )
             break
     if any("\0" in message.content for message in conversation.messages):
         yield Warned("D037", "a turn holds the character NUL", place, "take it out: few tokenizers know it")
-    if any(TWO_SCRIPTS.search(message.content) for message in conversation.messages):
+    wide = (message.content for message in conversation.messages if not message.content.isascii())
+    if any(TWO_SCRIPTS.search(text) for text in wide):
         yield Warned(
             "D035", "a word has letters of two alphabets that look alike", place, "write it in one alphabet"
         )
     if private:
         found = {kind for message in conversation.messages for kind in private_in(message.content)}
-        for kind in (kind for kind, _ in PRIVATE if kind in found):
+        for kind in (kind for kind, _, _ in PRIVATE if kind in found):
             yield Warned(
                 "D036", f"a turn holds {kind}", place, "a model may repeat it to anybody: replace it"
             )
@@ -140,8 +145,10 @@ SPELLED = "it is text there: replace it, for a base may read it as the token"
 def private_in(text: str) -> list[str]:
     """Kinds of secrets and personal data in a text: by patterns, cards and IBANs by their check digits too."""
     found = []
-    for kind, pattern in PRIVATE:
+    for kind, sign, pattern in PRIVATE:
         check = CHECKS.get(kind)
+        if sign not in text:
+            continue
         if any(check is None or check(match.group()) for match in pattern.finditer(text)):
             found.append(kind)
     return found
