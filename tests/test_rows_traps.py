@@ -21,7 +21,8 @@ from myna.data.shapes import Reading
 from myna.data.sources import digest_of, read_rows
 from myna.data.warned import TWO_SCRIPTS
 from myna.errors import DataError
-from myna.recipe import DataSettings
+from myna.recipe import DataSettings, build_recipe
+from myna.stored import run_of
 
 GOOD = {"prompt": "q", "completion": "a"}
 
@@ -281,6 +282,34 @@ def test_the_digest_of_a_folder_sees_a_file_move(tmp_path: Path) -> None:
     before = digest_of(tmp_path)
     (tmp_path / "a" / "x.jsonl").rename(tmp_path / "b" / "x.jsonl")
     assert digest_of(tmp_path) != before
+
+
+def test_a_name_with_brackets_is_a_name_where_there_is_such_a_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows[1].jsonl", GOOD)
+    assert run_of(build_recipe({"data": {"train": str(path)}})).name == "rows[1]"
+    assert [row.values for row in read_rows(path)] == [GOOD]
+    assert (
+        run_of(build_recipe({"data": {"train": str(tmp_path / "orders" / "**" / "*.jsonl")}})).name
+        == "orders"
+    )
+
+
+def test_a_run_of_a_folder_of_rows_is_verified_whole(myna: Command, tmp_path: Path, tiny_base: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    for name in ("a", "b"):
+        write(
+            tmp_path / "rows" / f"{name}.jsonl",
+            *({"prompt": f"{name}{n}", "completion": "x"} for n in range(6)),
+        )
+    settings = "train: {max_steps: 1, batch_size: 2}\ndata: {train: rows}\n"
+    (tmp_path / "recipe.yaml").write_text(f"model: {{base: {tiny_base}}}\n{settings}")
+    done = myna("train", "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "rows: 2 files: 12 rows" in done.stderr
+    assert myna("verify", "rows").returncode == 0
+    write(tmp_path / "rows" / "b.jsonl", GOOD)
+    assert myna("verify", "rows").returncode == 5
+    assert myna("train", "recipe.yaml", "--resume").returncode == 2
 
 
 def test_the_check_of_the_current_folder_and_of_a_pattern(myna: Command, tmp_path: Path) -> None:
