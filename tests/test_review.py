@@ -100,6 +100,8 @@ def test_plain_texts_are_not_suspect(tmp_path: Path) -> None:
         "call 2026-11-27 12:30",
         "1234 5678 9012 3456",
         "λ-calculus",
+        "3 μm",
+        "Δx",
     ]
     assert found(write(tmp_path / "a.jsonl", *map(pair, texts))) == {}
 

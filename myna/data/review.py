@@ -82,8 +82,11 @@ class Review:
 
     def as_lines(self) -> Iterator[tuple[str, str]]:
         """(label, text) of the summary."""
-        yield "rows", f"{self.num_rows:,}, {self.shape} ({self.confidence:.0%} of the rows have its keys)"
-        yield "conversations", f"{self.num_conversations:,} with {self.num_turns:,} turns"
+        if self.confidence:
+            yield "rows", f"{self.num_rows:,}, {self.shape} ({self.confidence:.0%} of the rows have its keys)"
+            yield "conversations", f"{self.num_conversations:,} with {self.num_turns:,} turns"
+        else:
+            yield "rows", f"{self.num_rows:,}, {self.shape}"
         if self.num_conversations:
             yield "characters", f"{self.num_characters:,}, {self.share_answered:.0%} of them in trained turns"
             yield (

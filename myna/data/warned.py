@@ -21,7 +21,7 @@ CONTROL = re.compile(
     r"<\|[a-z_0-9]{2,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|</?tool_(?:call|response)>"
 )
 # letters of two alphabets in one word: a Cyrillic а in an English word looks the same and is another token
-TWO_SCRIPTS = re.compile(r"[A-Za-z][\u0370-\u04ff]|[\u0370-\u04ff][A-Za-z]")
+TWO_SCRIPTS = re.compile(r"[A-Za-z][\u0400-\u04ff]|[\u0400-\u04ff][A-Za-z]")
 # what it is, a sign that is in every one of them and is looked for first, and the pattern
 PRIVATE: tuple[tuple[str, str, re.Pattern[str]], ...] = (
     ("a private key", "-----BEGIN", re.compile(r"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----")),
