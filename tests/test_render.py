@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,22 @@ def test_every_assistant_turn_is_trained_and_nothing_else(tokenizer: ChatTokeniz
     texts, trained = shown(tokenizer, talk("q", "x", "q", "y", system="s"))
     assert trained == ["x", "<|im_end|>", "y", "<|im_end|>"]
     assert "".join(texts).startswith("<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n")
+
+
+def test_a_turn_that_is_not_trained_is_context(tokenizer: ChatTokenizer) -> None:
+    """The same ids, and no label where it stands."""
+    first, second = (talk("one", "1"), talk("one", "1", "two", "2"))
+    whole = render_example(second, tokenizer, 99)
+    messages = tuple(replace(m, trained=m.content != "1") for m in second.messages)
+    found = render_example(Conversation(messages), tokenizer, 99)
+    assert found.input_ids_T.tolist() == whole.input_ids_T.tolist()
+    of_first = render_example(first, tokenizer, 99).num_targets
+    assert 0 < found.num_targets == whole.num_targets - of_first
+    trained = found.labels_T != IGNORE
+    assert (found.labels_T[trained] == found.input_ids_T[trained]).all()
+    assert trained.nonzero()[0][0] > (whole.labels_T != IGNORE).nonzero()[0][of_first - 1]
+    last = render_example(second.last_turn_trained(), tokenizer, 99)
+    assert last.labels_T.tolist() == found.labels_T.tolist()
 
 
 def test_the_text_is_transformers_own(tiny_base: Path, tokenizer: ChatTokenizer) -> None:

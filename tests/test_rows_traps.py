@@ -275,6 +275,25 @@ def test_one_bad_file_of_a_folder_does_not_hide_the_others(tmp_path: Path) -> No
     assert [fault.code for fault in read.faults] == ["D001", "D003", "D006"] and len(read.conversations) == 2
 
 
+def test_no_file_is_opened_after_the_last_row_that_is_asked_for(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", GOOD, GOOD | {"prompt": "r"})
+    (tmp_path / "b.jsonl").write_text("")
+    assert len(list(read_rows(tmp_path, max_rows=2))) == 2
+    with pytest.raises(DataError):
+        list(read_rows(tmp_path))
+
+
+def test_a_recipe_may_train_the_last_turns_alone(tmp_path: Path) -> None:
+    turns = [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
+    path = write(
+        tmp_path / "a.jsonl", {"messages": [{"role": role, "content": text} for role, text in turns]}
+    )
+    for train_on, trained in (("all", [True] * 4), ("last", [True, False, True, True])):
+        settings = DataSettings.model_validate({"train": str(path), "train_on": train_on})
+        (conversation,) = load_rows(path, settings).conversations
+        assert [message.trained for message in conversation.messages] == trained
+
+
 def test_the_digest_of_a_folder_sees_a_file_move(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -82,9 +82,8 @@ def read_rows(path: Path, *, max_rows: int | None = None) -> Iterator[Row]:
 def scan_rows(path: Path, *, max_rows: int | None = None) -> Iterator[Row | DataError]:
     """As `read_rows`, with a fault in the place of each row that cannot be read; both count as rows."""
     files = files_of(path)
-    if (
-        len(files) == 1
-    ):  # a file that cannot be opened is refused at the call; of several it is one fault among others
+    # a file that cannot be opened is refused at the call; of several it is one fault among others
+    if len(files) == 1:
         refuse_unreadable(files[0], SOURCES)
     return _scan(files, max_rows)
 
@@ -97,6 +96,8 @@ def scan_file(path: Path) -> Iterator[Row | DataError]:
 def _scan(files: list[Path], max_rows: int | None) -> Iterator[Row | DataError]:
     num_rows = 0
     for file in files:
+        if num_rows == max_rows:
+            return
         before = num_rows
         try:
             if len(files) > 1:
@@ -114,7 +115,7 @@ def _scan(files: list[Path], max_rows: int | None) -> Iterator[Row | DataError]:
                 raise
             num_rows += 1
             yield error
-        if num_rows == before and num_rows != max_rows:
+        if num_rows == before:
             yield no_rows(file)
 
 
