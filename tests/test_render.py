@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
+from msgspec.structs import replace
 
 from myna.data.conversation import Conversation, Message
 from myna.data.render import (

@@ -1,17 +1,21 @@
-"""The one normal form for data: a row becomes a Conversation at once and stays one until it is rendered."""
+"""The one normal form for data: a row becomes a Conversation at once and stays one until it is rendered.
+
+These are made once or more for each row, so they are msgspec's records, which are made five times faster than dataclasses.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(Struct, frozen=True, gc=False):
     """Where a row stands: a file and its line (JSONL, CSV) or its number (JSON arrays, tables), from 1.
 
     `part` says which part of a row that holds several conversations: a question's id, a path of replies.
@@ -27,16 +31,14 @@ class Place:
         return f"{place}, {self.part}" if self.part else place
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(Struct, frozen=True):
     """One record as it was read: keys to values, nothing interpreted."""
 
     values: Mapping[str, Any]
     place: Place
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(Struct, frozen=True, gc=False):
     """A turn. An assistant turn that is not `trained` (weight 0 in OpenAI's rows) is context: no loss looks at it."""
 
     role: Role
@@ -44,8 +46,7 @@ class Message:
     trained: bool = True
 
 
-@dataclass(frozen=True)
-class Conversation:
+class Conversation(Struct, frozen=True):
     """Turns in order: an optional system message, then user and assistant in turn, ending with assistant."""
 
     messages: tuple[Message, ...]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections import Counter
@@ -9,10 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from myna.data.check import fault, named, shown
 from myna.data.conversation import Place, Row
 from myna.data.files import bad_text, no_rows, refuse_binary
-from myna.data.opened import open_text
+from myna.data.opened import HEAD_BYTES, is_utf16, open_bytes, open_text
 from myna.errors import DataError
 
 ONE_OBJECT_A_LINE = 'every row is one object on one line: {"prompt": "...", "completion": "..."}'
@@ -29,6 +32,7 @@ MEND = "mend the file at that place; reading cannot go on after it"
 PARTS_OF_A_ROW = ("paragraphs", "qas", "replies", "chosen", "rejected")
 DEEPEST_LIST = 3  # {"data": {"train": {"rows": [...]}}}
 BETWEEN = re.compile(r"[\s,]*")
+decode_bytes = msgspec.json.Decoder().decode
 # Stands as a key in an object that names a key twice; its value is that key.
 _TWICE = object()
 
@@ -68,10 +72,62 @@ def _is_object(line: str) -> bool:
 
 
 def _scan_lines(path: Path) -> Iterator[Row | DataError]:
-    with open_text(path) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _row_of_line(line, Place(str(path), number))
+    """Rows of lines: bytes that msgspec reads at once, and where it refuses the slow way, which tells what is wrong."""
+    name = str(path)
+    for number, line in enumerate(_lines_of(path), start=1):
+        values = _read_at_once(line) if isinstance(line, bytes) else None
+        if values is not None:
+            yield Row(values, Place(name, number))
+            continue
+        text = line if isinstance(line, str) else line.decode("utf-8", "surrogateescape")
+        if text.strip():
+            yield _row_of_line(text, Place(name, number))
+
+
+def _read_at_once(line: bytes) -> dict[str, Any] | None:
+    """The object of a line, None where it is blank or broken, or something that only the slow way reads."""
+    try:
+        value = decode_bytes(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if type(value) is dict and _names_keys_once(line, value) else None
+
+
+def _lines_of(path: Path) -> Iterator[bytes | str]:
+    """Lines: bytes where the file is UTF-8, without its byte order mark; text where it is UTF-16 or ends lines by CR."""
+    with open_bytes(path) as file:
+        head = file.read(HEAD_BYTES)
+    if is_utf16(head) or (b"\r" in head and b"\n" not in head):
+        with open_text(path) as text:
+            yield from text
+        return
+    with open_bytes(path) as file:
+        if head.startswith(codecs.BOM_UTF8):
+            file.read(len(codecs.BOM_UTF8))
+        for line in file:
+            if b"\r" in line and b"\r" in (bare := line.rstrip(b"\r\n")):
+                yield from bare.split(b"\r")
+            else:
+                yield line
+
+
+def _names_keys_once(line: bytes, value: dict[str, Any]) -> bool:
+    """Whether no object of a line names a key twice, told by counting; False where counting cannot tell.
+
+    Each key that is named stands before `":`. The last of two alike is kept, so then more are counted than are there.
+    """
+    if b" :" in line or b"\t:" in line or b'\\\\"' in line:
+        return False
+    num_named = line.count(b'":')
+    waiting: list[Any] = [value]
+    while waiting:
+        one = waiting.pop()
+        if type(one) is dict:
+            num_named -= len(one)
+            waiting.extend(v for v in one.values() if type(v) is dict or type(v) is list)
+        else:
+            waiting.extend(v for v in one if type(v) is dict or type(v) is list)
+    return num_named == 0 or num_named == line.count(b'\\":')
 
 
 def _row_of_line(line: str, place: Place) -> Row | DataError:

@@ -9,8 +9,9 @@ The user's turn is the text, a blank line, the question; the answer is the first
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from myna.data.check import fault, shown
 from myna.data.conversation import Conversation, Message, Place, Row

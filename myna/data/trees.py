@@ -10,8 +10,9 @@ rank (0 is the best), where none is ranked the first; all paths are every one, e
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Final
+
+from msgspec.structs import replace
 
 from myna.data.check import fault, shown
 from myna.data.conversation import Conversation, Message, Place, Role, Row
