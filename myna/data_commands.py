@@ -50,7 +50,8 @@ def check(
 
     rows, test, wanted, settings = _settings(path, overrides)
     on_bad_row = on_bad_row or wanted
-    review = review_rows(rows, test=test, private=private, **settings)
+    keep = on_bad_row == BadRow.quarantine
+    review = review_rows(rows, test=test, private=private, keep_faults=keep, **settings)
     kept = _quarantine(review.faults, Path(_stem(rows)), on_bad_row)
     if as_json:
         print_json(review.as_json() | {"quarantine": kept})

@@ -33,12 +33,12 @@ def test_lines_are_kept_byte_for_byte(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", GOOD.encode() + b"\r\n" + bad[0] + b"\r\n" + bad[1] + bad[2])
     found = kept(path)
     assert [(one["code"], one["where"]) for one in found] == [
+        ("D013", f"{path}:2"),
         ("D002", f"{path}:4"),
         ("D004", f"{path}:5"),
-        ("D013", f"{path}:2"),
     ]
-    assert base64.b64decode(found[0]["row_base64"]) == bad[1]
-    assert [one["row"].encode() for one in found[1:]] == [bad[2], bad[0]]
+    assert base64.b64decode(found[1]["row_base64"]) == bad[1]
+    assert [one["row"].encode() for one in (found[0], found[2])] == [bad[0], bad[2]]
 
 
 def test_records_of_tables_are_kept_whole(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_rows_of_other_files_are_kept_as_json(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps([*rows, 7]))
     (found,) = kept(tmp_path / "a.parquet")
     assert json.loads(found["row"]) == rows[1] and found["code"] == "D013"
-    number, null = kept(tmp_path / "a.json")
+    null, number = kept(tmp_path / "a.json")
     assert (number["code"], number["row"]) == ("D003", None) and json.loads(null["row"]) == rows[1]
 
 

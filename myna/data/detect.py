@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from myna.data.check import fault, named, nearest, shown
@@ -15,6 +16,9 @@ from myna.data.turns import TURN_KEYS
 from myna.errors import DataError, RecipeError
 
 KNOWN_IN_TURNS = frozenset(TURN_KEYS)
+LISTS_OF_TURNS = ("messages", "conversations")  # columns
+MOST_GROUPS = 4096
+NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,101 @@ class Detected:
     ignored: tuple[str, ...]
 
 
+class Group:
+    """Rows that have the same keys, and null under the same ones: what shapes ask of a row by its keys is the same for all.
+
+    `first` is the first of them with texts and numbers taken out, `fitting` counts by a shape's name the rows whose values
+    are that shape's, and `turn_keys` are the keys inside messages that are not read, by the key of the messages.
+    """
+
+    __slots__ = ("_asked", "_listed", "count", "first", "fitting", "turn_keys")
+
+    def __init__(self, first: Row, shapes: Sequence[Format], columns: Mapping[str, str]) -> None:
+        self.first = Row(
+            {key: None if value is None else "" for key, value in first.values.items()}, first.place
+        )
+        self.count = 0
+        self.fitting: dict[str, int] = {}
+        self.turn_keys: dict[str, dict[str, None]] = {}
+        self._listed = {}
+        self._asked = []
+        for shape in shapes:
+            keys = keys_of(self.first, shape, columns)
+            if shape.fits is not always and has_required(self.first, shape, keys):
+                self._asked.append((shape.name, shape.fits, keys))
+            for name in LISTS_OF_TURNS:
+                if name in keys:
+                    self._listed[keys[name]] = self.turn_keys.setdefault(keys[name], {})
+
+    def add(self, row: Row) -> None:
+        """Counts a row that has these keys."""
+        self.count += 1
+        for name, fits, keys in self._asked:
+            self.fitting[name] = self.fitting.get(name, 0) + fits(row, keys)
+        for key, unread in self._listed.items():
+            for turn in _turns_in(row.values[key]):
+                if not turn.keys() <= KNOWN_IN_TURNS and len(unread) < MOST_GROUPS:
+                    unread.update(dict.fromkeys(name for name in turn if name not in KNOWN_IN_TURNS))
+
+    def num_fitting(self, shape: Format) -> int:
+        return self.count if shape.fits is always else self.fitting.get(shape.name, 0)
+
+
+class Survey:
+    """Rows counted as they pass, so that their shape can be told; of the rows themselves nothing is held.
+
+    Raises RecipeError at once where `format_name` or `columns` cannot be.
+    """
+
+    def __init__(self, format_name: str = "auto", columns: Mapping[str, str] = NO_COLUMNS) -> None:
+        self.columns = columns
+        self.shapes = _candidates(format_name, columns)
+        self._named = format_name != "auto"  # a shape that is named is held to its own faults
+        self._groups: dict[Any, Group] = {}
+        self._known = frozenset(columns.values()).union(*(c.keys for s in self.shapes for c in s.columns))
+        self.num_rows = 0
+
+    def add(self, row: Row) -> Group:
+        """Counts a row; the group that it belongs to."""
+        self.num_rows += 1
+        values = row.values
+        keys: Any = tuple(values)
+        if None in values.values():
+            keys = (keys, tuple(value is None for value in values.values()))
+        group = self._groups.get(keys)
+        if group is None:
+            group = self._new_group(keys, row)
+        group.add(row)
+        return group
+
+    def _new_group(self, keys: Any, row: Row) -> Group:
+        """Past so many groups rows are told apart by known keys alone: rows may have keys of their own without end."""
+        if len(self._groups) < MOST_GROUPS:
+            group = Group(row, self.shapes, self.columns)
+            self._groups[keys] = group
+            return group
+        known = {key: value for key, value in row.values.items() if key in self._known}
+        keys = ("known", *((key, value is None) for key, value in known.items()))
+        if keys not in self._groups:
+            self._groups[keys] = Group(Row(known, row.place), self.shapes, self.columns)
+        return self._groups[keys]
+
+    def detected(self) -> Detected:
+        """The shape that fits most rows. DataError where no row fits any, or a column that was named is in none."""
+        best: Detected | None = None
+        groups = list(self._groups.values())
+        for shape in self.shapes:
+            keys = _common_keys(groups, shape, self.columns)
+            having = [group for group in groups if keys and has_required(group.first, shape, keys)]
+            found = sum(group.count if self._named else group.num_fitting(shape) for group in having)
+            if found / self.num_rows > (best.confidence if best else 0.0):
+                best = Detected(shape.name, found / self.num_rows, keys, ())
+        if best is None:
+            raise _untold(max(groups, key=lambda group: group.count).first, self.shapes, self.columns)
+        _refuse_unused(groups[0].first, best, self.columns)
+        return Detected(best.name, best.confidence, best.keys, _ignored(groups, best.keys))
+
+
 def detect_format(
     rows: Sequence[Row], *, format_name: str = "auto", columns: Mapping[str, str] | None = None
 ) -> Detected:
@@ -40,25 +139,10 @@ def detect_format(
     Rows that do not fit the shape found lower `confidence`; `differing` says what is wrong with each.
     """
     assert rows
-    columns = columns or {}
-    best: Detected | None = None
-    shapes = _candidates(format_name, columns)
-    alike = _alike(rows)
-    for shape in shapes:
-        keys = _common_keys(alike, shape, columns)
-        fits = (
-            shape.fits if format_name == "auto" else always
-        )  # a shape that is named is held to its own faults
-        having = (group for group in alike if keys and has_required(group[0], shape, keys))
-        found = sum(len(g) if fits is always else sum(fits(row, keys) for row in g) for g in having) / len(
-            rows
-        )
-        if found > (best.confidence if best else 0.0):
-            best = Detected(shape.name, found, keys, ())
-    if best is None:
-        raise _untold(_typical(rows), shapes, columns)
-    _refuse_unused(rows, best, columns)
-    return Detected(best.name, best.confidence, best.keys, _ignored(rows, alike, best.keys))
+    survey = Survey(format_name, columns or {})
+    for row in rows:
+        survey.add(row)
+    return survey.detected()
 
 
 def differing(row: Row, detected: Detected) -> DataError | None:
@@ -97,26 +181,17 @@ def _candidates(format_name: str, columns: Mapping[str, str]) -> list[Format]:
     return fitting
 
 
-def _alike(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows in groups that have the same keys, and null under the same ones: what shapes ask of a row by its keys."""
-    groups: dict[tuple[tuple[str, ...], tuple[bool, ...]], list[Row]] = {}
-    for row in rows:
-        nulls = tuple(value is None for value in row.values.values())
-        groups.setdefault((tuple(row.values), nulls), []).append(row)
-    return list(groups.values())
-
-
-def _common_keys(alike: Sequence[Sequence[Row]], shape: Format, columns: Mapping[str, str]) -> dict[str, str]:
+def _common_keys(groups: Sequence[Group], shape: Format, columns: Mapping[str, str]) -> dict[str, str]:
     """The keys that most of the fitting rows go by: the required ones together, the others singly."""
     together: Counter[tuple[str, ...]] = Counter()
     alone: dict[str, Counter[str]] = {}
     names = [column.name for column in shape.columns if column.required]
-    for group in alike:
-        keys = keys_of(group[0], shape, columns)
+    for group in groups:
+        keys = keys_of(group.first, shape, columns)
         if all(name in keys for name in names):
-            together[tuple(keys[name] for name in names)] += len(group)
+            together[tuple(keys[name] for name in names)] += group.count
             for name in keys.keys() - set(names):
-                alone.setdefault(name, Counter())[keys[name]] += len(group)
+                alone.setdefault(name, Counter())[keys[name]] += group.count
     if not together:
         return {}
     common = dict(zip(names, together.most_common(1)[0][0], strict=True))
@@ -131,27 +206,18 @@ def has_required(row: Row, shape: Format, keys: Keys) -> bool:
     )
 
 
-def _ignored(rows: Sequence[Row], alike: Sequence[Sequence[Row]], keys: Keys) -> tuple[str, ...]:
+def _ignored(groups: Sequence[Group], keys: Keys) -> tuple[str, ...]:
     """Keys that are not read, those of rows before those of turns, in the order in which they first appear."""
     read = set(keys.values())
-    seen = dict.fromkeys(key for group in alike for key in group[0].values if key not in read)
-    for name in ("messages", "conversations"):
-        for row in rows if name in keys else ():
-            for turn in _turns_in(row.values.get(keys[name])):
-                if not turn.keys() <= KNOWN_IN_TURNS:
-                    seen |= dict.fromkeys(f"{keys[name]}.{key}" for key in turn if key not in TURN_KEYS)
+    seen = dict.fromkeys(key for group in groups for key in group.first.values if key not in read)
+    for name in LISTS_OF_TURNS:
+        for group in groups if name in keys else ():
+            seen |= dict.fromkeys(f"{keys[name]}.{key}" for key in group.turn_keys.get(keys[name], ()))
     return tuple(seen)
 
 
 def _turns_in(value: Any) -> list[Mapping[str, Any]]:
     return [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
-
-
-def _typical(rows: Sequence[Row]) -> Row:
-    """The first row with the keys that most rows have: what an error about all of them is told by."""
-    counts = Counter(tuple(row.values) for row in rows)
-    common = counts.most_common(1)[0][0]
-    return next(row for row in rows if tuple(row.values) == common)
 
 
 def _untold(row: Row, shapes: Sequence[Format], columns: Mapping[str, str]) -> DataError:
@@ -180,14 +246,14 @@ def _untold(row: Row, shapes: Sequence[Format], columns: Mapping[str, str]) -> D
     return fault("D010", "\n".join(lines), where=row.place, help=f"name the keys, for example {example}")
 
 
-def _refuse_unused(rows: Sequence[Row], detected: Detected, columns: Mapping[str, str]) -> None:
+def _refuse_unused(first: Row, detected: Detected, columns: Mapping[str, str]) -> None:
     """A column that the user named and no row has, or one key taken for two columns."""
     for name, key in columns.items():
         if name not in detected.keys:
             message = (
-                f"`{shown(key)}` (data.columns.{name}) is in no row; the keys are: {named(rows[0].values)}"
+                f"`{shown(key)}` (data.columns.{name}) is in no row; the keys are: {named(first.values)}"
             )
-            raise fault("D012", message, where=rows[0].place)
+            raise fault("D012", message, where=first.place)
     twice = [key for key, count in Counter(detected.keys.values()).items() if count > 1]
     if twice:
         both = " and ".join(f"data.columns.{n}" for n, key in detected.keys.items() if key == twice[0])

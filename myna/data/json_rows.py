@@ -119,6 +119,8 @@ def _names_keys_once(line: bytes, value: dict[str, Any]) -> bool:
     if b" :" in line or b"\t:" in line or b'\\\\"' in line:
         return False
     num_named = line.count(b'":')
+    if num_named == len(value):
+        return True
     waiting: list[Any] = [value]
     while waiting:
         one = waiting.pop()

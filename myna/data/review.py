@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import re
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from myna.data.check import CODES, SHOWN_PLACES, named
-from myna.data.conversation import Conversation
+from myna.data.check import named
+from myna.data.conversation import Conversation, Place
+from myna.data.detect import NO_COLUMNS, Detected
+from myna.data.findings import Finding, Findings
 from myna.data.formats import format_named
-from myna.data.rows import NO_COLUMNS, ReadRows, read_conversations
+from myna.data.repeats import Digests
 from myna.data.shapes import AS_THEY_COME, Reading
-from myna.data.warned import Warned, prompt_digests, warnings_of
+from myna.data.stream import AnySink, Streamed, stream_rows
+from myna.data.warned import Warnings
 from myna.errors import DataError
 
-Level = Literal["error", "warning"]
+LONGEST = 2**32 - 1  # characters that are held of a length
 NEEDS_TOKENS = "length in tokens: with a recipe, `myna data show` and `myna train` tell"
 SCRIPTS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("Latin", re.compile(r"[A-Za-zÀ-ɏ]")),
@@ -34,22 +38,11 @@ SCRIPTS: tuple[tuple[str, re.Pattern[str]], ...] = (
 
 
 @dataclass(frozen=True)
-class Finding:
-    """All of one code: how often, and the first three places with what is wrong there."""
-
-    code: str
-    level: Level
-    what: str
-    count: int
-    places: tuple[tuple[str, str], ...]
-    cures: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Review:
     """What was found in the rows of one path. Lengths are characters of a whole conversation.
 
-    `faults` are all errors, `usable` is whether rows are left without them, `trained` whether this shape can be trained on.
+    `faults` are the single errors where they were to be kept, `usable` is whether rows are left without them, `trained`
+    whether this shape can be trained on.
     """
 
     path: str
@@ -111,87 +104,162 @@ def review_rows(
     reading: Reading = AS_THEY_COME,
     test: Path | None = None,
     private: bool = True,
+    keep_faults: bool = False,
 ) -> Review:
-    """Reads every row of `path` and looks at every conversation.
+    """Reads every row of `path` and looks at every conversation; of the rows nothing is held but 28 bytes each.
 
     `test` are held-out rows, whose prompts should not stand in `path` too. `private` also looks for secrets and personal
-    data. RecipeError where `format_name` or `columns` cannot be; what is wrong with rows is in the answer.
+    data; `keep_faults` gives every single fault too. RecipeError where `format_name` or `columns` cannot be; what is wrong
+    with rows is in the answer.
     """
     settings: dict[str, Any] = {"format_name": format_name, "columns": columns, "reading": reading}
-    read = read_or_fault(path, **settings)
-    held_out = read_or_fault(test, **settings) if test else ReadRows(path, (), None, 0, ())
-    digests = prompt_digests(held_out.conversations)
-    warned = warnings_of(read.conversations, held_out=digests, private=private)
-    faults = (*read.faults, *held_out.faults)
-    return _summary(replace(read, faults=faults), (*_errors(faults), *_warnings(warned)))
-
-
-def read_or_fault(path: Path, **settings: Any) -> ReadRows:
-    """As `read_conversations`, with the one fault of a file that cannot be opened beside the others."""
-    try:
-        return read_conversations(path, **settings)
-    except DataError as error:
-        return ReadRows(path, (), None, 0, (error,))
-
-
-def _summary(read: ReadRows, findings: Sequence[Finding]) -> Review:
-    lengths, scripts, answered = [], Counter[str](), 0
-    for conversation in read.conversations:
-        lengths.append(sum(len(message.content) for message in conversation.messages))
-        answered += sum(len(m.content) for m in conversation.messages if m.role == "assistant" and m.trained)
-        scripts.update(_scripts_of(conversation))
-    ordered = sorted(lengths)
-    longest = max(range(len(lengths)), key=lengths.__getitem__, default=None)
-    detected = read.detected
-    shape = format_named(detected.name) if detected else None
-    return Review(
-        path=str(read.path),
-        shape=shape.title if shape else "of no known shape",
-        confidence=detected.confidence if detected else 0.0,
-        ignored=detected.ignored if detected else (),
-        num_rows=read.num_rows,
-        num_conversations=len(read.conversations),
-        num_turns=sum(len(conversation.messages) for conversation in read.conversations),
-        num_characters=sum(lengths),
-        share_answered=answered / max(1, sum(lengths)),
-        middle=ordered[len(ordered) // 2] if ordered else 0,
-        longest=ordered[-1] if ordered else 0,
-        longest_place="" if longest is None else str(read.conversations[longest].place),
-        scripts=dict(scripts.most_common()),
-        findings=tuple(findings),
-        not_checked=(NEEDS_TOKENS,),
-        trained=shape is None or shape.trained,
-        usable=read.is_usable,
-        faults=read.faults,
+    held_out = _stream_or_fault(test, _HeldOut, **settings).sink if test else _HeldOut()
+    read = _stream_or_fault(
+        path, lambda: _Checks(held_out.digests, private=private, keep_faults=keep_faults), **settings
     )
+    checks = read.sink
+    checks.finish(lambda wanted: _places(path, read, wanted, reading))
+    for fault in held_out.faults:
+        checks.refuse(fault)
+    return checks.review(path, read.detected, read.num_rows)
 
 
-def _scripts_of(conversation: Conversation) -> Iterator[str]:
-    """The scripts that a conversation has letters of."""
-    texts = [message.content for message in conversation.messages]
-    wide = [text for text in texts if not text.isascii()]
+def _stream_or_fault(path: Path, make: Callable[[], AnySink], **settings: Any) -> Streamed[AnySink]:
+    """As `stream_rows`, with the one fault of a file that cannot be opened beside the others."""
+    try:
+        return stream_rows(path, make, **settings)
+    except DataError as error:
+        sink = make()
+        sink.refuse(error)
+        return Streamed(sink, None, 0)
+
+
+class _HeldOut:
+    """Test rows: their digests and faults."""
+
+    def __init__(self) -> None:
+        self.digests, self.faults = Digests(), list[DataError]()
+        self.refuse = self.faults.append
+
+    def take(self, conversation: Conversation) -> None:
+        self.digests.add(conversation)
+
+
+class _Checks:
+    """All that is looked for in rows, and what a summary of them says. A conversation costs 28 bytes."""
+
+    def __init__(self, held_out: Digests, *, private: bool, keep_faults: bool) -> None:
+        self._faults: list[DataError] | None = [] if keep_faults else None
+        self._ended = False
+        self._findings = Findings()
+        self._warnings = Warnings(self._findings, held_out=held_out, private=private)
+        self._lengths = array("I")
+        self._longest: Conversation | None = None
+        self._num_turns = self._answered = self._num_characters = self._most = 0
+        self._scripts = Counter[str]()
+
+    def take(self, conversation: Conversation) -> None:
+        messages = conversation.messages
+        texts = [message.content for message in messages]
+        text = "\n".join(texts)
+        length = len(text) - len(texts) + 1
+        self._lengths.append(min(length, LONGEST))
+        self._num_characters += length
+        self._num_turns += len(messages)
+        for message in messages:
+            if message.role == "assistant" and message.trained:
+                self._answered += len(message.content)
+        if length > self._most:
+            self._most, self._longest = length, conversation
+        for script in scripts_of(text):
+            self._scripts[script] += 1
+        self._warnings.look(conversation, text)
+
+    def refuse(self, fault: DataError) -> None:
+        if self._faults is not None:
+            self._faults.append(fault)
+        self._ended = self._ended or fault.ends_reading
+        self._findings.refuse(fault)
+
+    def finish(self, places: Callable[[Sequence[int]], Mapping[int, Place | None]]) -> None:
+        digests = self._warnings.digests
+        if digests.has_parts:
+            self._warnings.finish(places)
+        else:
+            self._warnings.finish(lambda wanted: {index: digests.place(index) for index in wanted})
+
+    def review(self, path: Path, detected: Detected | None, num_rows: int) -> Review:
+        """What was found, where the rows were read in the shape `detected`."""
+        shape = format_named(detected.name) if detected else None
+        num_conversations = len(self._lengths) if detected else 0
+        return Review(
+            path=str(path),
+            shape=shape.title if shape else "of no known shape",
+            confidence=detected.confidence if detected else 0.0,
+            ignored=detected.ignored if detected else (),
+            num_rows=num_rows,
+            num_conversations=num_conversations,
+            num_turns=self._num_turns,
+            num_characters=self._num_characters,
+            share_answered=self._answered / max(1, self._num_characters),
+            middle=_middle(self._lengths),
+            longest=self._most,
+            longest_place=str(self._longest.place) if self._longest else "",
+            scripts=dict(self._scripts.most_common()),
+            findings=tuple(self._findings),
+            not_checked=(NEEDS_TOKENS,),
+            trained=shape is None or shape.trained,
+            usable=num_conversations > 0 and not self._ended,
+            faults=tuple(self._faults or ()),
+        )
+
+
+class _Places:
+    """The places of some conversations, by their number."""
+
+    def __init__(self, wanted: Sequence[int]) -> None:
+        self.found: dict[int, Place | None] = {}
+        self._wanted, self._number = frozenset(wanted), 0
+
+    def take(self, conversation: Conversation) -> None:
+        if self._number in self._wanted:
+            self.found[self._number] = conversation.place
+        self._number += 1
+
+    def refuse(self, fault: DataError) -> None:
+        pass
+
+
+def _places(
+    path: Path, read: Streamed[Any], wanted: Sequence[int], reading: Reading
+) -> Mapping[int, Place | None]:
+    """Where conversations stand in their rows; the rows are read once more for it, and it is asked for a few alone."""
+    assert read.detected
+    again = stream_rows(
+        path,
+        lambda: _Places(wanted),
+        format_name=read.detected.name,
+        columns=read.detected.keys,
+        reading=reading,
+    )
+    return again.sink.found
+
+
+def _middle(lengths: array[int]) -> int:
+    if not lengths:
+        return 0
+    import numpy as np
+
+    half = len(lengths) // 2
+    return int(np.partition(np.frombuffer(lengths, np.uint32), half)[half])
+
+
+def scripts_of(text: str) -> Iterator[str]:
+    """The scripts that a text has letters of."""
+    if text.isascii():
+        if SCRIPTS[0][1].search(text):
+            yield "Latin"
+        return
     for name, letters in SCRIPTS:
-        if any(letters.search(text) for text in (texts if name == "Latin" else wide)):
+        if letters.search(text):
             yield name
-
-
-def _errors(faults: Iterable[DataError]) -> Iterator[Finding]:
-    yield from _grouped(((one.code, one.where or "", one.message, one.help) for one in faults), "error")
-
-
-def _warnings(warned: Iterable[Warned]) -> Iterator[Finding]:
-    found = ((one.code, str(one.place or "all rows"), one.message, one.help) for one in warned)
-    yield from _grouped(found, "warning")
-
-
-def _grouped(found: Iterable[tuple[str, str, str, str | None]], level: Level) -> Iterator[Finding]:
-    groups: dict[str, list[tuple[str, str, str | None]]] = {}
-    counts = Counter[str]()
-    for code, where, message, cure in found:
-        counts[code] += 1
-        if counts[code] <= SHOWN_PLACES:
-            groups.setdefault(code, []).append((where, message, cure))
-    for code in sorted(groups):
-        cures = tuple(dict.fromkeys(cure for _, _, cure in groups[code] if cure))
-        places = tuple((where, message) for where, message, _ in groups[code])
-        yield Finding(code, level, CODES[code], counts[code], places, cures)

@@ -6,19 +6,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, TypeGuard
+from typing import Any
 
 from myna.data.check import fault, gathered, named
 from myna.data.conversation import Conversation, Place, Row
-from myna.data.detect import Detected, detect_format, differing, has_required
-from myna.data.formats import FORMATS, format_named, keys_of, to_conversations
+from myna.data.detect import NO_COLUMNS, Detected, has_required
+from myna.data.formats import FORMATS, format_named, keys_of
 from myna.data.shapes import AS_THEY_COME, Reading
-from myna.data.sources import digest_of, is_there, scan_rows, title_of
+from myna.data.sources import digest_of, is_there, title_of
+from myna.data.stream import stream_rows
 from myna.errors import DataError
 from myna.recipe import DataSettings
-
-NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -142,28 +140,26 @@ def read_conversations(
     reading: Reading = AS_THEY_COME,
 ) -> ReadRows:
     """As `load_conversations`, with the faults beside what could be read."""
-    rows: list[Row] = []
-    faults: list[DataError] = []
-    for row in scan_rows(path, max_rows=max_rows):
-        if isinstance(row, DataError):
-            faults.append(row)
-        else:
-            rows.append(row)
-    num_rows = len(rows) + len(faults)
-    if not rows:
-        return ReadRows(path, (), None, num_rows, tuple(faults))
-    try:
-        detected = detect_format(rows, format_name=format_name, columns=columns)
-    except DataError as error:
-        return ReadRows(path, (), None, num_rows, (*faults, error))
-    if max_rows is not None and (format_named(detected.name).gather or reading.language):
-        # the first rows are no whole conversations, or not of the language: of all rows the first that are
-        whole = read_conversations(path, format_name=detected.name, columns=columns, reading=reading)
-        return replace(whole, conversations=whole.conversations[:max_rows])
-    conversations = _converted(rows, detected, reading, faults)
-    if not conversations and not faults:
-        faults.append(fault("D020", "no conversation is left of these rows", where=str(path)))
-    return ReadRows(path, conversations, detected, num_rows, tuple(faults))
+    read = stream_rows(
+        path,
+        _Lists,
+        format_name=format_name,
+        columns=columns,
+        max_rows=max_rows,
+        reading=reading,
+    )
+    lists = read.sink
+    conversations = tuple(lists.conversations) if read.detected else ()
+    return ReadRows(path, conversations, read.detected, read.num_rows, tuple(lists.faults))
+
+
+class _Lists:
+    """Conversations and faults as lists."""
+
+    def __init__(self) -> None:
+        self.conversations: list[Conversation] = []
+        self.faults: list[DataError] = []
+        self.take, self.refuse = self.conversations.append, self.faults.append
 
 
 def as_row(conversation: Conversation) -> dict[str, list[dict[str, Any]]]:
@@ -173,29 +169,6 @@ def as_row(conversation: Conversation) -> dict[str, list[dict[str, Any]]]:
         if not message.trained:
             turn["weight"] = 0
     return {"messages": turns}
-
-
-def _converted(
-    rows: Sequence[Row], detected: Detected, reading: Reading, faults: list[DataError]
-) -> tuple[Conversation, ...]:
-    """The rows as conversations; the first fault of each that cannot be one is added to `faults`."""
-    shape, fitting = format_named(detected.name), []
-    for row in rows:
-        different = differing(row, detected)
-        if different:
-            faults.append(different)
-        else:
-            fitting.append(row)
-    if shape.gather:
-        fitting = [row for row in shape.gather(fitting, detected.keys) if _kept(row, faults)]
-    conversations = []
-    for row in fitting:
-        for one in to_conversations(row, detected.name, detected.keys, reading):
-            if isinstance(one, DataError):
-                faults.append(one)
-            else:
-                conversations.append(one)
-    return tuple(conversations)
 
 
 def _left_out(faults: Sequence[DataError]) -> Iterator[str]:
@@ -225,12 +198,6 @@ def _untrained(path: Path, detected: Detected) -> DataError:
     )
     message = f"these are {shape.title}, which are read and checked, not trained on yet"
     return fault("D017", message, where=str(path), help=cure)
-
-
-def _kept(row: Row | DataError, faults: list[DataError]) -> TypeGuard[Row]:
-    if isinstance(row, DataError):
-        faults.append(row)
-    return isinstance(row, Row)
 
 
 def _sentence(path: Path, detected: Detected, num_rows: int, num_conversations: int) -> str:

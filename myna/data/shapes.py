@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from myna.data.check import shown
 from myna.data.conversation import Conversation, Message, Row
-from myna.data.turns import read_text
+from myna.data.turns import is_plain_text, read_text
 from myna.errors import DataError
 
 Keys = Mapping[str, str]
@@ -80,7 +80,10 @@ def single(read: Callable[[Row, Keys], tuple[Message, ...]]) -> Callable[[Row, K
 
 def text_of(row: Row, key: str) -> str:
     """A cell of a row as text. DataError where it is none."""
-    return read_text(row.values[key], f"`{shown(key)}`", row.place)
+    value = row.values[key]
+    if is_plain_text(value):
+        return str(value)
+    return read_text(value, f"`{shown(key)}`", row.place)
 
 
 def is_filled(row: Row, key: str | None) -> bool:

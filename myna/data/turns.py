@@ -24,6 +24,11 @@ TURN_KEYS = ("role", "content", "from", "value", "weight")
 ORDER = "an optional system message, then user and assistant in turn, ending with assistant"
 
 
+def is_plain_text(value: Any) -> bool:
+    """Whether nothing can be wrong with a text: the quick answer for most. False says only that it is to be looked at."""
+    return type(value) is str and value.isascii() and value != "" and not value.isspace()
+
+
 def read_text(value: Any, name: str, place: Place) -> str:
     """A cell as text: numbers and true/false as JSON writes them. DataError where it is empty or no text."""
     if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):

@@ -6,13 +6,13 @@ bytes of it, never the text.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
-from myna.data.conversation import Conversation, Message, Place
+from myna.data.conversation import Conversation, Place
+from myna.data.findings import Findings
+from myna.data.repeats import Digests
 
 MOST_LABELS = 50  # more different answers than that are no labels
 FEWEST_ROWS = 50
@@ -43,102 +43,78 @@ PRIVATE: tuple[tuple[str, str, re.Pattern[str]], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Warned:
-    """One finding: its code, what it is, and where."""
+class Warnings:
+    """Looks at conversations one after another, and at the end at all together.
 
-    code: str
-    message: str
-    place: Place | None
-    help: str
-
-
-def warnings_of(
-    conversations: Iterable[Conversation],
-    *,
-    held_out: frozenset[bytes] = frozenset(),
-    private: bool = True,
-) -> Iterator[Warned]:
-    """What is to be said of conversations that were read, one after another, and at the end of all together.
-
-    `held_out` are the digests of the prompts of test rows, where there are any (`prompt_digests`). `private` also looks for
-    secrets and personal data, which takes longest.
+    `held_out` are the digests of test rows, whose prompts should not stand here too. `private` also looks for secrets and
+    personal data, which takes longest.
     """
-    whole: dict[bytes, Place | None] = {}
-    answered: dict[bytes, tuple[bytes, Place | None]] = {}
-    answers: Counter[bytes] = Counter()
-    num_rows = 0
-    for conversation in conversations:
-        num_rows += 1
-        place = conversation.place
-        prompt, answer = _digest(conversation.messages[:-1]), _digest(conversation.messages[-1:])
-        if prompt + answer in whole:
-            first = _brief(whole[prompt + answer], place)
-            yield Warned("D030", f"the same conversation as {first}", place, REPEATED)
-        else:
-            whole[prompt + answer] = place
-            before = answered.setdefault(prompt, (answer, place))
-            if before[0] != answer:
-                message = f"the same prompt as {_brief(before[1], place)}, another answer"
-                yield Warned("D031", message, place, CONTRADICTED)
-        if prompt in held_out:
-            yield Warned("D032", "its prompt stands in the test rows too", place, LEAKED)
-        if len(answers) <= MOST_LABELS:
-            answers[answer] += 1
-        yield from _in_texts(conversation, private=private)
-    yield from _lopsided(answers, num_rows)
 
+    def __init__(self, findings: Findings, *, held_out: Digests, private: bool = True) -> None:
+        self.digests = Digests()
+        self._findings, self._held_out, self._private = findings, held_out, private
+        self._answers: Counter[int] = Counter()
 
-def _lopsided(answers: Counter[bytes], num_rows: int) -> Iterator[Warned]:
-    if not 1 < len(answers) <= MOST_LABELS or num_rows < FEWEST_ROWS:
-        return
-    ((_, count),) = answers.most_common(1)
-    if count > LOPSIDED * num_rows:
-        share = f"{count / num_rows:.0%}"
-        message = f"{share} of the rows have one answer of {len(answers)}: a model that always gives it is {share} right"
-        yield Warned(
-            "D033",
-            message,
-            None,
-            "add rows with the other answers, or look at them alone when it is evaluated",
-        )
+    def look(self, conversation: Conversation, text: str) -> None:
+        """A conversation, and its turns as one text."""
+        self.digests.add(conversation)
+        if len(self._answers) <= MOST_LABELS:
+            self._answers[hash(conversation.messages[-1].content)] += 1
+        warn, place = self._findings.warn, conversation.place
+        if ("<" in text or "[" in text) and CONTROL.search(text):
+            role = next((m.role for m in conversation.messages if CONTROL.search(m.content)), "whole")
+            warn("D034", place, f"a {role} turn spells a control token of chat templates", SPELLED)
+        if "\0" in text:
+            warn("D037", place, "a turn holds the character NUL", "take it out: few tokenizers know it")
+        if not text.isascii() and TWO_SCRIPTS.search(text):
+            message = "a word has letters of two alphabets that look alike"
+            warn("D035", place, message, "write it in one alphabet")
+        if self._private:
+            for kind in private_in(text):
+                message = f"a turn holds {kind}"
+                warn("D036", place, message, "a model may repeat it to anybody: replace it")
+
+    def finish(self, places: Callable[[Sequence[int]], Mapping[int, Place | None]]) -> None:
+        """What all conversations together show; `places` tells where some of them stand, by their number from 0."""
+        digests, findings = self.digests, self._findings
+        if not len(digests):
+            return
+        repeated, contradicting = digests.repeated(), digests.contradicting()
+        leaking = digests.standing_in(self._held_out)
+        shown = {n for _, pairs in (repeated, contradicting) for pair in pairs for n in pair} | {*leaking[1]}
+        at = places(sorted(shown)) if shown else {}
+        for code, (count, pairs), told, cure in (
+            ("D030", repeated, "the same conversation as {}", REPEATED),
+            ("D031", contradicting, "the same prompt as {}, another answer", CONTRADICTED),
+        ):
+            first: list[tuple[object, str]] = [
+                (at[later], told.format(_brief(at[before], at[later]))) for later, before in pairs
+            ]
+            findings.warn_many(code, count, first, cure)
+        leaks: list[tuple[object, str]] = [
+            (at[n], "its prompt stands in the test rows too") for n in leaking[1]
+        ]
+        findings.warn_many("D032", leaking[0], leaks, LEAKED)
+        self._say_lopsided()
+
+    def _say_lopsided(self) -> None:
+        answers, num_rows = self._answers, len(self.digests)
+        if not 1 < len(answers) <= MOST_LABELS or num_rows < FEWEST_ROWS:
+            return
+        ((_, count),) = answers.most_common(1)
+        if count > LOPSIDED * num_rows:
+            share = f"{count / num_rows:.0%}"
+            message = (
+                f"{share} of the rows have one answer of {len(answers)}: "
+                f"a model that always gives it is {share} right"
+            )
+            self._findings.warn("D033", "all rows", message, EVEN_OUT)
 
 
 REPEATED = "take the copies out, or keep them to weigh the row more"
 CONTRADICTED = "keep one answer, or say in the prompt what makes the difference"
 LEAKED = "such rows are left out of the training rows"
-
-
-def prompt_digests(conversations: Iterable[Conversation]) -> frozenset[bytes]:
-    """Of test rows: what `warnings_of` looks for among the training rows."""
-    return frozenset(_digest(conversation.messages[:-1]) for conversation in conversations)
-
-
-def _in_texts(conversation: Conversation, *, private: bool) -> Iterator[Warned]:
-    """The first finding of each kind in one conversation; what was found is not repeated, it may be a secret."""
-    place = conversation.place
-    for message in conversation.messages:
-        text = message.content
-        if ("<" in text or "[" in text) and CONTROL.search(text):
-            yield Warned(
-                "D034", f"a {message.role} turn spells a control token of chat templates", place, SPELLED
-            )
-            break
-    if any("\0" in message.content for message in conversation.messages):
-        yield Warned("D037", "a turn holds the character NUL", place, "take it out: few tokenizers know it")
-    wide = (message.content for message in conversation.messages if not message.content.isascii())
-    if any(TWO_SCRIPTS.search(text) for text in wide):
-        yield Warned(
-            "D035", "a word has letters of two alphabets that look alike", place, "write it in one alphabet"
-        )
-    if private:
-        found = {kind for message in conversation.messages for kind in private_in(message.content)}
-        for kind in (kind for kind, _, _ in PRIVATE if kind in found):
-            yield Warned(
-                "D036", f"a turn holds {kind}", place, "a model may repeat it to anybody: replace it"
-            )
-
-
+EVEN_OUT = "add rows with the other answers, or look at them alone when it is evaluated"
 SPELLED = "it is text there: replace it, for a base may read it as the token"
 
 
@@ -169,11 +145,6 @@ def is_iban(text: str) -> bool:
 
 
 CHECKS = {"a card number": is_card, "an IBAN": is_iban}
-
-
-def _digest(messages: Sequence[Message]) -> bytes:
-    text = "\x1e".join(f"{message.role}\x1f{message.content}" for message in messages)
-    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=12).digest()
 
 
 def _brief(place: Place | None, beside: Place | None) -> str:

@@ -1,0 +1,106 @@
+"""Conversations that stand in rows twice, prompts with two answers, prompts of the test rows: by digests of 8 bytes.
+
+A digest for the prompt, one for all of the conversation and a place are held of each, 24 bytes, and compared at the end. Of
+ten million rows two that differ are taken for alike with a chance of 1 in 400,000.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+from myna.data.check import SHOWN_PLACES
+from myna.data.conversation import Conversation, Message, Place
+
+LINE_BITS = 40  # of a place in 64 bits; the rest is the number of its file
+Alike = tuple[int, list[tuple[int, int]]]
+
+
+class Digests:
+    """Digests and places of conversations, in their order. `has_parts` where some are only a part of their row."""
+
+    def __init__(self) -> None:
+        self._prompts, self._wholes, self._places = array("Q"), array("Q"), array("Q")
+        self._files: dict[str, int] = {}
+        self._units: list[Any] = []
+        self.has_parts = False
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def add(self, conversation: Conversation) -> None:
+        messages = conversation.messages
+        prompt = hashlib.blake2b(written(messages[:-1]), digest_size=8).digest()
+        whole = hashlib.blake2b(written(messages[-1:]), digest_size=8, salt=prompt).digest()
+        self._prompts.append(int.from_bytes(prompt, "little"))
+        self._wholes.append(int.from_bytes(whole, "little"))
+        self._places.append(self._packed(conversation.place))
+
+    def place(self, index: int) -> Place | None:
+        """Where a conversation stands; which part of its row it is, is not held."""
+        packed = self._places[index]
+        if packed == 0:
+            return None
+        number, line = packed >> LINE_BITS, packed & ((1 << LINE_BITS) - 1)
+        return Place(list(self._files)[number], line, self._units[number])
+
+    def repeated(self) -> Alike:
+        """How many conversations stood there before, and the first of them, each with the one that it repeats."""
+        import numpy as np
+
+        wholes = np.frombuffer(self._wholes, np.uint64)
+        order = np.argsort(wholes, kind="stable")
+        ordered = wholes[order]
+        later = np.sort(order[1:][ordered[1:] == ordered[:-1]])
+        return _first_of(wholes, later)
+
+    def contradicting(self) -> Alike:
+        """How many prompts stood there before with another answer, and the first of them with that one."""
+        import numpy as np
+
+        wholes, prompts = np.frombuffer(self._wholes, np.uint64), np.frombuffer(self._prompts, np.uint64)
+        _, firsts = np.unique(wholes, return_index=True)
+        firsts.sort()  # of each conversation the first row; repeated ones contradict nothing more
+        asked = prompts[firsts]
+        order = np.argsort(asked, kind="stable")
+        ordered = asked[order]
+        later = np.sort(firsts[order[1:][ordered[1:] == ordered[:-1]]])
+        return _first_of(prompts, later)
+
+    def standing_in(self, held_out: Digests) -> tuple[int, list[int]]:
+        """How many prompts stand in `held_out` too, and the first of them."""
+        import numpy as np
+
+        if not len(self) or not len(held_out):
+            return 0, []
+        known = np.unique(np.frombuffer(held_out._prompts, np.uint64))
+        prompts = np.frombuffer(self._prompts, np.uint64)
+        near = np.minimum(np.searchsorted(known, prompts), len(known) - 1)
+        found = np.flatnonzero(known[near] == prompts)
+        return len(found), [int(index) for index in found[:SHOWN_PLACES]]
+
+    def _packed(self, place: Place | None) -> int:
+        if place is None:
+            return 0
+        number = self._files.get(place.path)
+        if number is None:
+            number = self._files[place.path] = len(self._files)
+            self._units.append(place.unit)
+        self.has_parts = self.has_parts or bool(place.part)
+        return number << LINE_BITS | place.line
+
+
+def _first_of(digests: Any, later: Any) -> Alike:
+    """The first of `later`, indices in their order, each with the first index that has the same digest."""
+    import numpy as np
+
+    shown = [int(index) for index in later[:SHOWN_PLACES]]
+    return len(later), [(index, int(np.argmax(digests == digests[index]))) for index in shown]
+
+
+def written(messages: Sequence[Message]) -> bytes:
+    """The turns with their roles, as digests of them are taken of."""
+    text = "\x1e".join([f"{message.role}\x1f{message.content}" for message in messages])
+    return text.encode(errors="surrogatepass")
