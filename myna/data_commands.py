@@ -41,8 +41,9 @@ def check(
     overrides: Overrides = None,
     on_bad_row: OnBadRow = None,
     private: Annotated[
-        bool, typer.Option(help="look for secrets and personal data too, which takes longest")
+        bool, typer.Option(help="look for secrets and personal data too, which takes long")
     ] = True,
+    near: Annotated[bool, typer.Option(help="look for near duplicates too, which takes long")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Every fault with file, line, code and cure; exit 3 where a row cannot be used, 0 with warnings alone."""
@@ -51,7 +52,7 @@ def check(
     rows, test, wanted, settings = _settings(path, overrides)
     on_bad_row = on_bad_row or wanted
     keep = on_bad_row == BadRow.quarantine
-    review = review_rows(rows, test=test, private=private, keep_faults=keep, **settings)
+    review = review_rows(rows, test=test, private=private, near=near, keep_faults=keep, **settings)
     kept = _quarantine(review.faults, Path(_stem(rows)), on_bad_row)
     if as_json:
         print_json(review.as_json() | {"quarantine": kept})

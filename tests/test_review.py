@@ -98,6 +98,7 @@ def test_plain_texts_are_not_suspect(tmp_path: Path) -> None:
         "سلام world",
         "Привет, world",
         "call 2026-11-27 12:30",
+        "0.4111111111111111",
         "1234 5678 9012 3456",
         "λ-calculus",
         "3 μm",

@@ -38,6 +38,7 @@ CODES: Mapping[str, str] = {
     "D035": "a word of two alphabets",
     "D036": "a secret or personal data",
     "D037": "the character NUL",
+    "D038": "nearly the same conversation",
 }
 
 SHOWN_PLACES = 3

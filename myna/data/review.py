@@ -104,18 +104,21 @@ def review_rows(
     reading: Reading = AS_THEY_COME,
     test: Path | None = None,
     private: bool = True,
+    near: bool = True,
     keep_faults: bool = False,
 ) -> Review:
     """Reads every row of `path` and looks at every conversation; of the rows nothing is held but 28 bytes each.
 
     `test` are held-out rows, whose prompts should not stand in `path` too. `private` also looks for secrets and personal
-    data; `keep_faults` gives every single fault too. RecipeError where `format_name` or `columns` cannot be; what is wrong
-    with rows is in the answer.
+    data, `near` for near duplicates; `keep_faults` gives every single fault too. RecipeError where `format_name` or
+    `columns` cannot be; what is wrong with rows is in the answer.
     """
     settings: dict[str, Any] = {"format_name": format_name, "columns": columns, "reading": reading}
     held_out = _stream_or_fault(test, _HeldOut, **settings).sink if test else _HeldOut()
     read = _stream_or_fault(
-        path, lambda: _Checks(held_out.digests, private=private, keep_faults=keep_faults), **settings
+        path,
+        lambda: _Checks(held_out.digests, private=private, near=near, keep_faults=keep_faults),
+        **settings,
     )
     checks = read.sink
     checks.finish(lambda wanted: _places(path, read, wanted, reading))
@@ -148,11 +151,11 @@ class _HeldOut:
 class _Checks:
     """All that is looked for in rows, and what a summary of them says. A conversation costs 28 bytes."""
 
-    def __init__(self, held_out: Digests, *, private: bool, keep_faults: bool) -> None:
+    def __init__(self, held_out: Digests, *, private: bool, near: bool, keep_faults: bool) -> None:
         self._faults: list[DataError] | None = [] if keep_faults else None
         self._ended = False
         self._findings = Findings()
-        self._warnings = Warnings(self._findings, held_out=held_out, private=private)
+        self._warnings = Warnings(self._findings, held_out=held_out, private=private, near=near)
         self._lengths = array("I")
         self._longest: Conversation | None = None
         self._num_turns = self._answered = self._num_characters = self._most = 0
@@ -207,7 +210,7 @@ class _Checks:
             longest_place=str(self._longest.place) if self._longest else "",
             scripts=dict(self._scripts.most_common()),
             findings=tuple(self._findings),
-            not_checked=(NEEDS_TOKENS,),
+            not_checked=(*self._warnings.not_checked, NEEDS_TOKENS),
             trained=shape is None or shape.trained,
             usable=num_conversations > 0 and not self._ended,
             faults=tuple(self._faults or ()),

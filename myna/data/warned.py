@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from myna.data.conversation import Conversation, Place
 from myna.data.findings import Findings
-from myna.data.repeats import Digests
+from myna.data.near import MOST_ROWS, NearDuplicates
+from myna.data.repeats import Alike, Digests
 
 MOST_LABELS = 50  # more different answers than that are no labels
 FEWEST_ROWS = 50
@@ -38,7 +39,7 @@ PRIVATE: tuple[tuple[str, str, re.Pattern[str]], ...] = (
         "@",
         re.compile(r"\b[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*\.[A-Za-z]{2,24}\b"),
     ),
-    ("a card number", "", re.compile(r"\b(?:\d[ -]?){12,18}\d\b")),
+    ("a card number", "", re.compile(r"(?<![.\d])(?:\d[ -]?){12,18}\d\b")),
     ("an IBAN", "", re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")),
 )
 
@@ -47,17 +48,23 @@ class Warnings:
     """Looks at conversations one after another, and at the end at all together.
 
     `held_out` are the digests of test rows, whose prompts should not stand here too. `private` also looks for secrets and
-    personal data, which takes longest.
+    personal data, `near` for conversations that are nearly the same: these two take longest. `not_checked` are sentences.
     """
 
-    def __init__(self, findings: Findings, *, held_out: Digests, private: bool = True) -> None:
+    def __init__(
+        self, findings: Findings, *, held_out: Digests, private: bool = True, near: bool = True
+    ) -> None:
         self.digests = Digests()
+        self._near = _near_duplicates() if near else None
+        self.not_checked = [] if self._near or not near else [NO_LIBRARY]
         self._findings, self._held_out, self._private = findings, held_out, private
         self._answers: Counter[int] = Counter()
 
     def look(self, conversation: Conversation, text: str) -> None:
         """A conversation, and its turns as one text."""
         self.digests.add(conversation)
+        if self._near is not None:
+            self._near.look(conversation)
         if len(self._answers) <= MOST_LABELS:
             self._answers[hash(conversation.messages[-1].content)] += 1
         warn, place = self._findings.warn, conversation.place
@@ -80,12 +87,16 @@ class Warnings:
         if not len(digests):
             return
         repeated, contradicting = digests.repeated(), digests.contradicting()
+        near = self._near_alike()
         leaking = digests.standing_in(self._held_out)
-        shown = {n for _, pairs in (repeated, contradicting) for pair in pairs for n in pair} | {*leaking[1]}
+        shown = {n for _, pairs in (repeated, contradicting, near) for pair in pairs for n in pair} | {
+            *leaking[1]
+        }
         at = places(sorted(shown)) if shown else {}
         for code, (count, pairs), told, cure in (
             ("D030", repeated, "the same conversation as {}", REPEATED),
             ("D031", contradicting, "the same prompt as {}, another answer", CONTRADICTED),
+            ("D038", near, "nearly the same words as {}", NEARLY),
         ):
             first: list[tuple[object, str]] = [
                 (at[later], told.format(_brief(at[before], at[later]))) for later, before in pairs
@@ -96,6 +107,14 @@ class Warnings:
         ]
         findings.warn_many("D032", leaking[0], leaks, LEAKED)
         self._say_lopsided()
+
+    def _near_alike(self) -> Alike:
+        if self._near is None:
+            return 0, []
+        self._near.finish()
+        if not self._near.is_whole:
+            self.not_checked.append(f"near duplicates past the first {MOST_ROWS:,} conversations")
+        return self._near.count, self._near.first
 
     def _say_lopsided(self) -> None:
         answers, num_rows = self._answers, len(self.digests)
@@ -111,6 +130,16 @@ class Warnings:
             self._findings.warn("D033", "all rows", message, EVEN_OUT)
 
 
+def _near_duplicates() -> NearDuplicates | None:
+    """None where the library is not there: it has wheels for the usual machines alone."""
+    try:
+        return NearDuplicates()
+    except ImportError:
+        return None
+
+
+NO_LIBRARY = "near duplicates: pip install rensa"
+NEARLY = "keep one of them where they say the same; copies weigh a row more, and among test rows they flatter the score"
 REPEATED = "take the copies out, or keep them to weigh the row more"
 CONTRADICTED = "keep one answer, or say in the prompt what makes the difference"
 LEAKED = "such rows are left out of the training rows"
