@@ -7,29 +7,33 @@ Training, chat, evaluation and export all call `render_prompt` or `render_exampl
 
 A conversation is cut at exactly these borders and each piece is tokenized by itself. So the ids a model is trained
 on are the ids it is prompted with later, also where a tokenizer would have merged across the border.
+
+Nothing that a message says becomes a control token. Those of a rendered conversation are compared with what its template
+writes by itself (`control.py`); where they differ it is rendered anew, with these kept apart from what is said
+(`apart.py`). Backends are given ids: none reads a text again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
+from myna.data.apart import Apart, AsWritten, respell
+from myna.data.control import TALK, ControlTokens, Given, control_tokens, neutral
 from myna.data.conversation import Conversation, Message, Place
+from myna.data.pieces import IGNORE as IGNORE  # noqa: PLC0414 (others take it from here)
+from myna.data.pieces import IntArray, pieces_of
 from myna.data.template import PLAIN_TEMPLATE, compile_template, plain_template, read_template
-from myna.errors import DataError, ModelError, UsageError
+from myna.errors import DataError, ModelError
 from myna.run import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-IGNORE = -100  # the label of a token that is not in the loss, as torch and transformers have it
-IntArray = npt.NDArray[np.int64]
+MOST_KINDS = 4096  # of conversations whose control tokens are remembered
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,11 @@ class ChatTokenizer:
         return frozenset(i for i, token in added.items() if token.special)
 
     @cached_property
+    def closing_ids(self) -> frozenset[int]:
+        """The special tokens, one of which ends an assistant turn. What stands for unknown characters ends none."""
+        return self.special_ids - {self.control.unknown}
+
+    @cached_property
     def stop_ids(self) -> frozenset[int]:
         """What ends an answer: the token that closes an assistant turn in the template, and the tokenizer's EOS."""
         probe = Conversation((Message("user", "a"), Message("assistant", "b")))
@@ -88,27 +97,70 @@ class ChatTokenizer:
         self, conversation: Conversation, *, add_generation_prompt: bool, **variables: str
     ) -> str:
         """The template's text, as `transformers`' apply_chat_template(tokenize=False) gives it."""
+        return self._write(given(conversation), add_generation_prompt, **variables)
+
+    def _write(self, told: Given, add_generation_prompt: bool, **variables: str) -> str:
         import jinja2
 
         try:
             text = self._template.render(
-                messages=conversation.as_dicts(),
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                **self.special_tokens,
-                **variables,
+                **told, add_generation_prompt=add_generation_prompt, **self.special_tokens, **variables
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise ModelError(f"the chat template refuses a conversation: {error}") from error
         return str(text)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids; control tokens spelled in the text are read as such, none are added. UsageError: no UTF-8."""
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise UsageError("the text is not UTF-8")
-        return self.within_rows(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        """Ids of raw text: control tokens spelled in it are read as such, none are added. UsageError: no UTF-8."""
+        return self.within_rows(self.as_written.encode(text).ids)
 
-    @property
+    def encode_said(self, text: str) -> list[int]:
+        """Ids of what somebody says, without a template: nothing in it is a control token. UsageError: no UTF-8."""
+        ids = self.as_written.encode(text).ids
+        if not self.control.everywhere.keys().isdisjoint(ids):
+            ids = self.apart.encode(text).ids
+        return self.within_rows(ids)
+
+    @cached_property
+    def control(self) -> ControlTokens:
+        try:
+            text = self.render_text(TALK, add_generation_prompt=True)
+        except ModelError:  # a template may want a system line
+            text = ""
+        return control_tokens(self.tokenizer, self.template_text, self.as_written.encode(text).ids)
+
+    @cached_property
+    def as_written(self) -> AsWritten:
+        """The template's text as the tokenizer reads it."""
+        return AsWritten(self.tokenizer, self._write)
+
+    @cached_property
+    def apart(self) -> Apart:
+        """The same with control tokens kept apart from what is said. Made when first needed: it takes a second tokenizer."""
+        return Apart(self.tokenizer, respell(self.tokenizer, self.control), self._write)
+
+    @cached_property
+    def _kinds(self) -> dict[tuple[str, bool], bytes | None]:
+        return {}
+
+    def own_control(self, told: Given, add_generation_prompt: bool) -> bytes | None:
+        """The control tokens that the template writes, whatever is said; None where it wants to be told more than that."""
+        unsaid = neutral(told)
+        kind = (repr(unsaid), add_generation_prompt)
+        if kind not in self._kinds:
+            if len(self._kinds) >= MOST_KINDS:
+                self._kinds.clear()
+            try:
+                ids_T, _ = pieces_of(
+                    unsaid, self.as_written, self.closing_ids, add_generation_prompt=add_generation_prompt
+                )
+            except ModelError:
+                self._kinds[kind] = None
+            else:
+                self._kinds[kind] = self.control.among(ids_T)
+        return self._kinds[kind]
+
+    @cached_property
     def exceeds_rows(self) -> bool:
         """Whether it has added tokens that the model has no embedding for."""
         added = self.tokenizer.get_added_tokens_decoder()
@@ -117,7 +169,7 @@ class ChatTokenizer:
     def within_rows(self, ids: Sequence[int]) -> list[int]:
         """The ids, or DataError where one is an added token that the model has no embedding for."""
         if self.num_rows is not None and max(ids, default=0) >= self.num_rows:
-            text = self.tokenizer.id_to_token(max(ids))
+            text = self.tokenizer.id_to_token(int(max(ids)))
             raise DataError(
                 f"the text holds {text!r}, a token of the tokenizer that the model has no embedding for",
                 help=f"take {text!r} out of the text or the chat template, or give a base that was resized for it",
@@ -180,55 +232,31 @@ def render_example(conversation: Conversation, tokenizer: ChatTokenizer, max_len
     return Example(ids_T[:max_length], labels_T[:max_length], num_cut, conversation.place)
 
 
+def given(conversation: Conversation) -> dict[str, Any]:
+    """What a template is told of a conversation."""
+    return {"messages": conversation.as_dicts(), "tools": None}
+
+
 def render_pieces(
     conversation: Conversation, tokenizer: ChatTokenizer, *, add_generation_prompt: bool = False
 ) -> tuple[IntArray, IntArray]:
     """(input_ids_T, labels_T) of a conversation; with `add_generation_prompt` it ends open for an answer."""
-    ids: list[int] = []
-    labels: list[int] = []
-    done, tail = "", ""
-    for index, message in enumerate(conversation.messages):
-        if message.role != "assistant":
-            continue
-        before = Conversation(conversation.messages[:index])
-        prompt = tokenizer.render_text(before, add_generation_prompt=True)
-        whole = tokenizer.render_text(
-            Conversation(conversation.messages[: index + 1]), add_generation_prompt=False
-        )
-        prompt_ids = tokenizer.encode(tail + _continuation(prompt, done, conversation))
-        answer_ids, tail = _answer(_continuation(whole, prompt, conversation), tokenizer, conversation)
-        ids += prompt_ids + answer_ids
-        labels += [IGNORE] * len(prompt_ids) + (answer_ids if message.trained else [IGNORE] * len(answer_ids))
-        done = whole
-    if add_generation_prompt:
-        prompt = tokenizer.render_text(conversation, add_generation_prompt=True)
-        prompt_ids = tokenizer.encode(tail + _continuation(prompt, done, conversation))
-        ids += prompt_ids
-        labels += [IGNORE] * len(prompt_ids)
-    return np.asarray(ids, dtype=np.int64), np.asarray(labels, dtype=np.int64)
-
-
-def _continuation(text: str, start: str, conversation: Conversation) -> str:
-    if not text.startswith(start):
-        raise ModelError(
-            "the chat template rewrites earlier turns when one is added, so a row cannot be masked exactly",
-            where=str(conversation.place) if conversation.place else None,
-            help="use rows with one assistant turn, or give the base a template that only appends",
-        )
-    return text[len(start) :]
-
-
-def _answer(text: str, tokenizer: ChatTokenizer, conversation: Conversation) -> tuple[list[int], str]:
-    """Ids of an assistant turn up to and with its stop token, and the text the template puts after that."""
-    encoding = tokenizer.tokenizer.encode(text, add_special_tokens=False)
-    ids = tokenizer.within_rows(encoding.ids)
-    for position in range(len(ids) - 1, -1, -1):
-        if ids[position] in tokenizer.special_ids:
-            end = encoding.offsets[position][1]
-            return ids[: position + 1], text[end:]
-    raise DataError(
-        "the chat template ends an assistant turn without a stop token: the model would never learn to stop",
-        where=str(conversation.place) if conversation.place else None,
-        help="the template must close assistant turns with a special token such as <|im_end|> or </s>",
-        code="no-stop-token",
+    told = given(conversation)
+    cut = partial(
+        pieces_of,
+        told,
+        closing_ids=tokenizer.closing_ids,
+        add_generation_prompt=add_generation_prompt,
+        trained=[message.trained for message in conversation.messages],
     )
+    try:
+        ids_T, labels_T = cut(tokenizer.as_written)
+        own = tokenizer.own_control(told, add_generation_prompt)
+        if own != tokenizer.control.among(ids_T) or tokenizer.control.is_watched_in(told):
+            ids_T, labels_T = cut(tokenizer.apart)
+        if tokenizer.exceeds_rows:
+            tokenizer.within_rows(ids_T.tolist())
+    except (ModelError, DataError) as error:
+        error.where = error.where or (str(conversation.place) if conversation.place else None)
+        raise
+    return ids_T, labels_T
