@@ -11,11 +11,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import numpy as np
 
 from myna.data.conversation import Conversation, Message, Role
+from myna.data.pieces import Piece, cut
+from myna.data.render import ChatTokenizer, given
 from myna.errors import MynaError
 
+MOST_FRAMES = 4096
 MARK = re.compile("(\v?)\ue000(\\d+)\ue001(\v?)")  # \v: white space that no template writes
 UNTRIMMED, LEFT, RIGHT, BOTH = range(4)  # the sides of a content that are trimmed
 
@@ -34,69 +39,69 @@ class FramePiece(NamedTuple):
     answer: int | None
 
 
-class Piece(NamedTuple):
-    """A piece of a row that is tokenized by itself, and whether it is learnt."""
+class Frame(NamedTuple):
+    """The pieces of rows with the same roles, and the control tokens that the template writes in them, in their order."""
 
-    text: str
-    trained: bool
-
-
-Frame = tuple[FramePiece, ...]
+    pieces: tuple[FramePiece, ...]
+    control: bytes
 
 
 class Frames:
-    """The frames of one tokenizer's template. `pieces_of` is what renders rows one by one: the text pieces of a row."""
+    """The frames of one tokenizer's template."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
         self._tokenizer = tokenizer
-        self._is_opaque = tokenizer.has_opaque_template
         self._frames: dict[tuple[Role, ...], Frame | None] = {}
 
-    def pieces(self, conversation: Conversation) -> list[Piece] | None:
-        """The row's pieces, None where it is to be rendered itself."""
-        messages = conversation.messages
-        if not self._is_opaque or any(not m.content or m.content.isspace() for m in messages):
+    def frame_of(self, conversation: Conversation) -> Frame | None:
+        """The frame that the row fills, None where it is to be rendered itself."""
+        if not self._tokenizer.has_opaque_template or not is_plain(conversation):
             return None
-        roles = tuple([message.role for message in messages])
+        roles = tuple([message.role for message in conversation.messages])
         if roles not in self._frames:
-            self._frames[roles] = self._frame(roles)
-        frame = self._frames[roles]
-        return None if frame is None else [_filled(piece, messages) for piece in frame]
+            self._frames[roles] = self._made(roles) if len(self._frames) < MOST_FRAMES else None
+        return self._frames[roles]
 
-    def _frame(self, roles: Sequence[Role]) -> Frame | None:
+    def _made(self, roles: Sequence[Role]) -> Frame | None:
         try:
-            plain = self._marked(roles, "\ue000{}\ue001")
-            padded = self._marked(roles, "\v\ue000{}\ue001\v")
+            plain, padded = self._marked(roles, "\ue000{}\ue001"), self._marked(roles, "\v\ue000{}\ue001\v")
         except MynaError:
             return None  # the row itself tells what is wrong
-        sides = [_trims_of(text) for text, _ in padded]
-        frame = []
-        for (text, answer), trims in zip(plain, sides, strict=True):
-            marks = list(MARK.finditer(text))
+        made = []
+        for piece, trims in zip(plain, (_trims_of(piece.text) for piece in padded), strict=True):
+            marks = list(MARK.finditer(piece.text))
             if len(marks) != len(trims):
                 return None
             parts: list[str | Slot] = []
             start = 0
             for mark, trimmed in zip(marks, trims, strict=True):
-                parts += [text[start : mark.start()], Slot(int(mark[2]), trimmed)]
+                parts += [piece.text[start : mark.start()], Slot(int(mark[2]), trimmed)]
                 start = mark.end()
-            parts.append(text[start:])
-            frame.append(FramePiece(tuple(part for part in parts if part != ""), answer))
-        return tuple(frame)
+            parts.append(piece.text[start:])
+            made.append(FramePiece(tuple(part for part in parts if part != ""), piece.answer))
+        ids = [i for piece in plain for i in piece.ids]
+        return Frame(tuple(made), self._tokenizer.control.among(np.asarray(ids, dtype=np.int64)))
 
-    def _marked(self, roles: Sequence[Role], mark: str) -> list[tuple[str, int | None]]:
+    def _marked(self, roles: Sequence[Role], mark: str) -> list[Piece]:
         messages = tuple(Message(role, mark.format(number)) for number, role in enumerate(roles))
-        return list(self._tokenizer.text_pieces(Conversation(messages)))
+        tokenizer = self._tokenizer
+        told = given(Conversation(messages))
+        return list(cut(told, tokenizer.as_written, tokenizer.closing_ids, add_generation_prompt=False))
+
+
+def is_plain(conversation: Conversation) -> bool:
+    """Whether roles and contents are all that there is to it, and no content is blank."""
+    return not any(not m.content or m.content.isspace() for m in conversation.messages)
+
+
+def filled(piece: FramePiece, messages: Sequence[Message]) -> str:
+    """The piece's text with these contents."""
+    return "".join([part if isinstance(part, str) else _content(part, messages) for part in piece.parts])
 
 
 def _trims_of(padded: str) -> list[int]:
     """Which sides of each content are trimmed: those where the white space beside its mark is gone."""
     return [LEFT * (not mark[1]) + RIGHT * (not mark[3]) for mark in MARK.finditer(padded)]
-
-
-def _filled(piece: FramePiece, messages: Sequence[Message]) -> Piece:
-    text = "".join([part if type(part) is str else _content(part, messages) for part in piece.parts])  # type: ignore[arg-type]
-    return Piece(text, piece.answer is not None and messages[piece.answer].trained)
 
 
 def _content(slot: Slot, messages: Sequence[Message]) -> str:

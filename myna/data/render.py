@@ -64,6 +64,11 @@ class ChatTokenizer:
     def _template(self) -> Any:
         return compile_template(self.template_text)
 
+    @cached_property
+    def has_opaque_template(self) -> bool:
+        """Whether the template only hands contents through, as its code shows."""
+        return bool(self._template.is_opaque())
+
     @property
     def has_own_template(self) -> bool:
         """False where the base brought none and PLAIN_TEMPLATE stands in."""

@@ -56,6 +56,7 @@ def read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
 class ChatTemplate:
     """A compiled template. It is rendered by one thread at a time: the environment keeps the account of one rendering."""
 
+    source: str
     environment: Any
     compiled: Any
     lock: threading.Lock
@@ -69,6 +70,12 @@ class ChatTemplate:
                 return self._text(context)
             except Exception as error:  # a template is a program: what it raises is anything
                 raise ModelError(f"the chat template refuses a conversation: {_reason(error)}") from error
+
+    def is_opaque(self) -> bool:
+        """Whether it only hands the contents of messages through."""
+        from myna.data.opaque import is_opaque
+
+        return is_opaque(self.environment.parse(self.source))
 
     def _text(self, context: Any) -> str:
         """What the template writes, counted before it is joined: together it could be more than memory holds."""
@@ -93,7 +100,7 @@ def compile_template(text: str) -> ChatTemplate:
         )
     environment = BoundedEnvironment()
     try:
-        return ChatTemplate(environment, environment.from_string(text), threading.Lock())
+        return ChatTemplate(text, environment, environment.from_string(text), threading.Lock())
     except Exception as error:  # Jinja's own, and Python's where the code it writes is nested too deeply
         missing = MISSING_FILTER.search(str(error))
         said = "can't be run" if missing else "is not valid Jinja"

@@ -1,0 +1,108 @@
+"""Many rows rendered at once: pieces by frames, tokenized in batches on every core while the next ones are read.
+
+The rows are those that `render_example` gives one by one, to the id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from myna.data.conversation import Conversation, Place
+from myna.data.frames import Frame, Frames, filled
+from myna.data.render import IGNORE, ChatTokenizer, given, render_example
+
+AT_ONCE = 1024  # rows
+
+
+class Rendered(NamedTuple):
+    """A rendered row: its tokens, 1 where they are learnt, how many were cut, and where it stands."""
+
+    input_ids_T: npt.NDArray[np.int64]
+    trained_T: npt.NDArray[np.uint8]
+    num_cut: int
+    place: Place | None
+
+    @property
+    def num_targets(self) -> int:
+        """As `Example` has it: the first token of a row predicts nothing."""
+        return int(np.count_nonzero(self.trained_T[1:]))
+
+
+class _Batch(NamedTuple):
+    conversations: Sequence[Conversation]
+    frames: Sequence[Frame | None]
+    lengths: Future[tuple[npt.NDArray[np.int64], list[int]]]  # ids of all pieces, and how many each has
+
+
+def render_many(
+    conversations: Iterable[Conversation], tokenizer: ChatTokenizer, max_length: int
+) -> Iterator[Rendered]:
+    """`render_example` of each conversation, in their order. Errors as there."""
+    rows = iter(conversations)
+    frames = Frames(tokenizer)
+    with ThreadPoolExecutor(1) as thread:  # the tokenizer works on cores of its own, without Python's lock
+        waiting: _Batch | None = None
+        while batch := list(islice(rows, AT_ONCE)):
+            begun = _begin(batch, frames, tokenizer, thread)
+            if waiting is not None:
+                yield from _finished(waiting, tokenizer, max_length)
+            waiting = begun
+        if waiting is not None:
+            yield from _finished(waiting, tokenizer, max_length)
+
+
+def _begin(
+    batch: Sequence[Conversation], frames: Frames, tokenizer: ChatTokenizer, thread: ThreadPoolExecutor
+) -> _Batch:
+    found = [frames.frame_of(conversation) for conversation in batch]
+    texts = [
+        filled(piece, conversation.messages)
+        for conversation, frame in zip(batch, found, strict=True)
+        if frame is not None
+        for piece in frame.pieces
+    ]
+    return _Batch(batch, found, thread.submit(_encoded, tokenizer.tokenizer, texts))
+
+
+def _encoded(tokenizer: Any, texts: list[str]) -> tuple[npt.NDArray[np.int64], list[int]]:
+    ids = [one.ids for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    lengths = list(map(len, ids))
+    return np.fromiter(chain.from_iterable(ids), np.int64, sum(lengths)), lengths
+
+
+def _finished(batch: _Batch, tokenizer: ChatTokenizer, max_length: int) -> Iterator[Rendered]:
+    control = tokenizer.control
+    ids_T, lengths = batch.lengths.result()
+    is_control_T = control.is_control[ids_T]
+    looks = bool(control.watched[1])
+    piece, start = 0, 0
+    for conversation, frame in zip(batch.conversations, batch.frames, strict=True):
+        if frame is None:
+            yield _alone(conversation, tokenizer, max_length)
+            continue
+        own_lengths = lengths[piece : piece + len(frame.pieces)]
+        piece += len(frame.pieces)
+        end = start + sum(own_lengths)
+        row_T = ids_T[start:end]
+        is_own = row_T[is_control_T[start:end]].tobytes() == frame.control
+        start = end
+        if not is_own or tokenizer.exceeds_rows or (looks and control.is_watched_in(given(conversation))):
+            yield _alone(conversation, tokenizer, max_length)
+            continue
+        messages = conversation.messages
+        learnt = [one.answer is not None and messages[one.answer].trained for one in frame.pieces]
+        trained_T = np.repeat(np.array(learnt, np.uint8), own_lengths)
+        num_cut = max(0, len(row_T) - max_length)
+        yield Rendered(row_T[:max_length], trained_T[:max_length], num_cut, conversation.place)
+
+
+def _alone(conversation: Conversation, tokenizer: ChatTokenizer, max_length: int) -> Rendered:
+    row = render_example(conversation, tokenizer, max_length)
+    trained_T = (row.labels_T != IGNORE).astype(np.uint8)
+    return Rendered(row.input_ids_T, trained_T, row.num_cut, row.place)
