@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ class StepReport:
     `product_flops` are the floating-point operations of its matrix products (None off the fast path), `share_of_peak`
     what part of this machine's measured product speed they made, `memory_mb` and `peak_mb` what the process holds and held
     at most, in 10⁶ bytes. `loss_scale` is what an fp16 step was scaled by; where its gradient overflowed all the same, the
-    step was skipped: `grad_norm` is None and the adapter as before.
+    step was skipped: `grad_norm` is None and the adapter as before. `validation_loss` is taken at checkpoints alone.
     """
 
     step: int
@@ -51,6 +53,7 @@ class StepReport:
     peak_mb: float
     checkpoint: str | None = None
     loss_scale: float | None = None
+    validation_loss: float | None = None
 
     @property
     def skipped(self) -> bool:
@@ -80,6 +83,7 @@ class StepReport:
         share = self.share_of_peak
         parts = (
             f"loss {self.loss:.3f}",
+            *(() if self.validation_loss is None else (f"validation {self.validation_loss:.3f}",)),
             f"{self.tokens_per_s:.0f} tokens/s",
             f"{self.target_tokens_per_s:.0f} target",
             *(() if share is None else (f"{share:.0%} of peak",)),
@@ -91,9 +95,14 @@ class StepReport:
 
 def append_metrics(path: Path, report: StepReport) -> None:
     """Adds a step's line. MachineError where it cannot be written."""
+    append_line(path, report.metrics())
+
+
+def append_line(path: Path, entry: Mapping[str, Any]) -> None:
+    """Adds a line of a step. MachineError where it cannot be written."""
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(report.metrics()) + "\n")
+            file.write(json.dumps(entry) + "\n")
     except OSError as error:
         raise MachineError(
             f"could not be written: {error.strerror}",
@@ -106,14 +115,18 @@ def cut_metrics(path: Path, last_step: int) -> None:
     """Drops the lines of steps after `last_step` (and a half-written one): a resumed run has each step once."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            step = json.loads(line)["step"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
-        if step <= last_step:
-            kept.append(line + "\n")
+    kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= last_step]
     temporary = path.with_name(f".tmp-{path.name}")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run that is being trained, without one that a kill left half-written."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                lines.append(entry)
+    return lines

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from myna.data.rows import load_conversations
+from myna.data.sides import row_paths
 from myna.data.sources import is_there
 from myna.engine.memory import forget_models
 from myna.errors import Interrupted, MynaError, UsageError
@@ -59,8 +60,8 @@ def train_stage(recipe: Recipe, *, resume: bool = False, show: Show | None = Non
     started = time.perf_counter()
     show.stage("train")
     with lock_run(run) if run.exists() else _locked_when_made(run):
-        rows = (recipe.data.train, recipe.data.test)
-        if run.exists() and run.stage("train") and not all(is_there(Path(path)) for path in rows if path):
+        rows = row_paths(recipe.data).values()
+        if run.exists() and run.stage("train") and not all(is_there(Path(path)) for path in rows):
             keep_trained(recipe, run)
             show.say("the adapter is trained already (its rows are no longer where they were)")
             return run

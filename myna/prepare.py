@@ -14,8 +14,8 @@ import myna
 from myna.data.conversation import Conversation
 from myna.data.quarantine import quarantine_lines
 from myna.data.render import ChatTokenizer, Example, load_chat_tokenizer, render_example
-from myna.data.rows import LoadedRows, as_row, load_rows
-from myna.data.split import drop_overlap, split_rows
+from myna.data.rows import LoadedRows, as_row
+from myna.data.sides import SIDES_VERSION, read_sides, row_paths
 from myna.engine.optim import default_learning_rate
 from myna.errors import DataError, RecipeError
 from myna.model.load import read_config
@@ -49,6 +49,7 @@ class Prepared:
     examples: tuple[Example, ...]
     test: tuple[Conversation, ...]
     plan: FrozenPlan
+    validation: tuple[Example, ...] = ()
 
 
 def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
@@ -56,7 +57,7 @@ def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
 
     Raises DataError, ModelError, RecipeError or MachineError with nothing written but whole files.
     """
-    loaded, train, test = _read_rows(recipe, run, say)
+    sides = read_sides(recipe, run.info() if run.exists() else None, say)
     base = resolve_base(pinned_base(run, recipe.model.base), say)
     config = read_config(base.folder)
     resolved = _resolve(recipe, run, config)
@@ -66,10 +67,12 @@ def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
         say(
             "the base has no chat template: a plain one (### User / ### Assistant) is used and kept in the run"
         )
-    examples = render_rows(train, tokenizer, resolved, say)
-    test = short_enough(test, tokenizer, resolved, say)
-    inputs = _inputs(resolved, base, loaded, len(test))
-    faults = [fault for rows in loaded.values() for fault in rows.left_out]
+    examples = render_rows(sides.train, tokenizer, resolved, say)
+    test = short_enough(sides.test, tokenizer, resolved, say)
+    validation = short_enough(sides.validation, tokenizer, resolved, say, what="validation rows")
+    validated = validation_examples(validation, tokenizer, resolved)
+    inputs = _inputs(resolved, base, sides.loaded, len(test), len(validation))
+    faults = [fault for rows in sides.loaded.values() for fault in rows.left_out]
     quarantined = "".join(quarantine_lines(faults)) if recipe.data.on_bad_row == "quarantine" else ""
     if run.exists():
         _refuse_changes(run, resolved, inputs)
@@ -79,11 +82,12 @@ def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
             run.record([run.recipe_path])
     else:
         plan = freeze_plan(resolved, config, [len(e.input_ids_T) for e in examples], this_machine())
-        _write_run(run, resolved, base, plan, inputs, test, tokenizer)
+        kept = {run.test_path: test, run.validation_path: validation}
+        _write_run(run, resolved, base, plan, inputs, kept, tokenizer)
     if quarantined:
         write_text(run.quarantine_path, quarantined)
         run.record([run.quarantine_path])
-    return Prepared(run, resolved, base, tuple(examples), tuple(test), plan)
+    return Prepared(run, resolved, base, tuple(examples), tuple(test), plan, validated)
 
 
 def keep_trained(recipe: Recipe, run: Run) -> None:
@@ -94,7 +98,7 @@ def keep_trained(recipe: Recipe, run: Run) -> None:
     before = stored_recipe(run)
     data, train, base = recipe.data, recipe.train, recipe.model.base
     is_path = base not in PACKAGED and not base.startswith("hf:")
-    paths = {n: str(Path(p).resolve()) for n, p in (("train", data.train), ("test", data.test)) if p}
+    paths = {name: str(Path(path).resolve()) for name, path in row_paths(data).items()}
     rate = train.learning_rate or before.train.learning_rate
     packs = train.pack_tokens or before.train.pack_tokens
     folder = str(Path(base).resolve()) if is_path else base
@@ -147,51 +151,33 @@ def render_rows(
 
 
 def short_enough(
-    rows: Sequence[Conversation], tokenizer: ChatTokenizer, recipe: Recipe, say: Say
+    rows: Sequence[Conversation],
+    tokenizer: ChatTokenizer,
+    recipe: Recipe,
+    say: Say,
+    *,
+    what: str = "held-out rows",
 ) -> list[Conversation]:
     """Held-out rows that fit into data.max_length, which no runtime has to cut; how many do not is said."""
     assert recipe.data.max_length is not None
     kept = [row for row in rows if not render_example(row, tokenizer, recipe.data.max_length).num_cut]
     if len(kept) < len(rows):
-        say(f"{len(rows) - len(kept)} held-out rows are longer than data.max_length and left out")
+        say(f"{len(rows) - len(kept)} {what} are longer than data.max_length and left out")
     return kept
 
 
-def _read_rows(
-    recipe: Recipe, run: Run, say: Say
-) -> tuple[dict[str, LoadedRows], list[Conversation], list[Conversation]]:
-    data = recipe.data
-    known = run.info().get("data", {}) if run.exists() else {}
-    loaded = {
-        "train": load_rows(data.train, data, max_rows=recipe.train.max_rows, known=known.get("train")),
-    }
-    if data.test:
-        loaded["test"] = load_rows(data.test, data, known=known.get("test"))
-    for rows in loaded.values():
-        for sentence in rows.said:
-            say(sentence)
-    if data.test:
-        train, num_dropped = drop_overlap(loaded["train"].conversations, loaded["test"].conversations)
-        test: Sequence[Conversation] = loaded["test"].conversations
-        if num_dropped:
-            say(
-                f"{num_dropped} training rows were left out: their prompts stand in {Path(data.test).name} too"
-            )
-    else:
-        split = split_rows(
-            loaded["train"].conversations, test_fraction=data.test_fraction, seed=recipe.train.seed
+def validation_examples(
+    rows: Sequence[Conversation], tokenizer: ChatTokenizer, recipe: Recipe
+) -> tuple[Example, ...]:
+    """The rows of the validation loss, rendered as training rows are. DataError where none has a target token."""
+    assert recipe.data.max_length is not None
+    rendered = (render_example(row, tokenizer, recipe.data.max_length) for row in rows)
+    examples = tuple(example for example in rendered if example.num_targets)
+    if rows and not examples:
+        raise DataError(
+            f"no validation row has anything to learn: all {len(rows)} are wholly masked", code="masked"
         )
-        train, test = split.train, split.test
-        say(f"{len(test)} of {loaded['train'].num_rows} rows are held out (data.test_fraction)")
-    asked = [conversation for conversation in test if conversation.messages[-1].trained]
-    if len(asked) < len(test):
-        say(
-            f"{len(test) - len(asked)} held-out rows end with an answer of weight 0, which is no answer to measure by"
-        )
-    test = asked
-    if not train:
-        raise DataError("no row is left to train on", where=data.train)
-    return loaded, [c.with_system(data.system) for c in train], [c.with_system(data.system) for c in test]
+    return examples
 
 
 def _resolve(recipe: Recipe, run: Run, config: Any) -> Recipe:
@@ -208,8 +194,7 @@ def _resolve(recipe: Recipe, run: Run, config: Any) -> Recipe:
     data = recipe.data.model_copy(
         update={
             "max_length": max_length,
-            "train": str(Path(recipe.data.train).resolve()),
-            "test": str(Path(recipe.data.test).resolve()) if recipe.data.test else None,
+            **{name: str(Path(path).resolve()) for name, path in row_paths(recipe.data).items()},
         }
     )
     packs = recipe.train.pack_tokens or DEFAULT_PACK_TOKENS
@@ -222,7 +207,7 @@ def _resolve(recipe: Recipe, run: Run, config: Any) -> Recipe:
 
 
 def _inputs(
-    recipe: Recipe, base: BaseFiles, loaded: Mapping[str, LoadedRows], num_test: int
+    recipe: Recipe, base: BaseFiles, loaded: Mapping[str, LoadedRows], num_test: int, num_validation: int
 ) -> dict[str, Any]:
     files = {
         name: {
@@ -237,6 +222,8 @@ def _inputs(
         "base": base.as_json(),
         "data": files,
         "held_out_rows": num_test,
+        "validation_rows": num_validation,
+        "sides": SIDES_VERSION,
     }
 
 
@@ -246,7 +233,7 @@ def _write_run(
     base: BaseFiles,
     plan: FrozenPlan,
     inputs: Mapping[str, Any],
-    test: Sequence[Conversation],
+    kept: Mapping[Path, Sequence[Conversation]],
     tokenizer: ChatTokenizer,
 ) -> None:
     """Writes the run's first files; run.json last, since it is what makes the folder a run."""
@@ -255,15 +242,15 @@ def _write_run(
     write_text(run.recipe_path, recipe_yaml(recipe))
     write_json(run.plan_path, asdict(plan))
     save_tokenizer(base.folder, run.tokenizer_dir, tokenizer)
-    lines = [json.dumps(as_row(conversation), ensure_ascii=False) + "\n" for conversation in test]
-    if lines:
-        write_text(run.test_path, "".join(lines))
+    for path, rows in kept.items():
+        if rows:
+            write_text(path, "".join(json.dumps(as_row(row), ensure_ascii=False) + "\n" for row in rows))
     versions = {"myna": myna.__version__, "python": platform.python_version()}
     versions |= {name: version(name) for name in LIBRARIES}
     info = {"name": run.name, "created": timestamp(), **inputs}
     machine = {"system": platform.system(), "processor": platform.machine(), "platform": sys.platform}
     digests = run.digests(
-        [run.recipe_path, run.plan_path, run.tokenizer_dir, *([run.test_path] if lines else [])]
+        [run.recipe_path, run.plan_path, run.tokenizer_dir, *(path for path, rows in kept.items() if rows)]
     )
     info |= {"versions": versions, "machine": machine, "stages": {}, "digests": digests}
     write_json(run.path / "run.json", info)

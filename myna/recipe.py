@@ -61,6 +61,19 @@ class DataSettings(Section):
     )
     test: str | None = Field(None, description="held-out rows; default: a part of data.train")
     test_fraction: Fraction = Field(0.1, description="the part of data.train held out where no test is given")
+    validation: PathText | None = Field(
+        None, description="rows whose loss is taken at every checkpoint; default: a part of data.train"
+    )
+    validation_fraction: Fraction = Field(
+        0.0, description="the part of data.train held out for that where no validation is given"
+    )
+    group_by: PathText | None = Field(
+        None,
+        description="a key of the rows: rows with the same value there (a customer, a text) stay on one side",
+    )
+    stratify: bool = Field(
+        False, description="hold out the same part of each label (of the answers of text/label rows)"
+    )
     format: str = Field(
         "auto", description="auto, or a shape by its name (docs/data.md): messages · alpaca · squad …"
     )
@@ -164,7 +177,7 @@ class Recipe(Section):
 
 
 # Settings that are paths: the recipe's are read from its own folder, those of --set from the current one.
-PATH_KEYS = (("data", "train"), ("data", "test"))
+PATH_KEYS = (("data", "train"), ("data", "test"), ("data", "validation"))
 
 
 class GivenData(DataSettings):

@@ -48,6 +48,10 @@ class Run:
         return self.path / "rows" / "test.jsonl"
 
     @property
+    def validation_path(self) -> Path:
+        return self.path / "rows" / "validation.jsonl"
+
+    @property
     def quarantine_path(self) -> Path:
         return self.path / "rows" / "quarantine.jsonl"
 

@@ -89,9 +89,18 @@ def refuse_existing(run: Run) -> None:
 
 def held_out(run: Run) -> tuple[Conversation, ...]:
     """The run's held-out rows, with its system text where they have none."""
-    if not run.test_path.is_file():
+    return _kept(run.test_path)
+
+
+def validation_rows(run: Run) -> tuple[Conversation, ...]:
+    """The rows that the validation loss was of, as held_out has the others."""
+    return _kept(run.validation_path)
+
+
+def _kept(path: Path) -> tuple[Conversation, ...]:
+    if not path.is_file():
         return ()
-    return load_conversations(run.test_path, format_name="messages").conversations
+    return load_conversations(path, format_name="messages").conversations
 
 
 def training_rows(run: Run, max_rows: int) -> tuple[Conversation, ...]:
@@ -103,7 +112,7 @@ def training_rows(run: Run, max_rows: int) -> tuple[Conversation, ...]:
     if not data.train:
         return ()
     loaded = load_rows(data.train, data, max_rows=max_rows, known=run.info()["data"].get("train"))
-    tested = {row.messages for row in held_out(run)}
+    tested = {row.messages for row in (*held_out(run), *validation_rows(run))}
     rows = (row.with_system(data.system) for row in loaded.conversations)
     return tuple(row for row in rows if row.messages not in tested)
 

@@ -45,6 +45,7 @@ from myna.plan import FrozenPlan, longest_pack, planned_kernels
 from myna.prepare import Prepared
 from myna.run import Run, require_room
 from myna.trial import FEWEST_STEPS, largest_pack, room_required, try_pack
+from myna.validation import is_validated, validate, validation_due
 
 StopAsked = Callable[[], int | None]
 Packs = list[list[Example]]
@@ -79,6 +80,8 @@ def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) ->
         stepper.refresh()
         say(f"going on after step {found.state.step}")
     cut_metrics(run.metrics_path, first - 1)
+    if first > 1 and validation_due(prepared, first - 1) and not is_validated(prepared, first - 1):
+        validate(prepared, first - 1, model, stepper)
     if plan.path == "fast" and prepared.recipe.adapter.dropout:
         say("dropout: each row has masks of its own, so beginnings that rows share are computed for each")
     forget_models()  # what loading left behind
@@ -121,6 +124,9 @@ def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) ->
                 state = collect_state(step, adapter.parameters, adapter, _facts(epoch, scaling))
                 saved = save_checkpoint(run.checkpoints_dir, state, settings.keep_checkpoints)
                 report = replace(report, checkpoint=saved.name)
+            # one that is asked to stop does so; the next process takes the loss of the checkpoint that it goes on from
+            if validation_due(prepared, step) and (signal_number is None or step == plan.num_steps):
+                report = replace(report, validation_loss=validate(prepared, step, model, stepper))
             yield report
             if signal_number is not None and step < plan.num_steps:
                 raise Interrupted(

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 
 from myna.data.conversation import Conversation, Message, Place
-from myna.data.split import drop_overlap, split_rows
+from myna.data.split import Split, drop_overlap, split_rows
 from myna.errors import DataError
 
 
-def ask(prompt: str, answer: str = "a", system: str | None = None) -> Conversation:
+def ask(prompt: str, answer: str = "a", system: str | None = None, group: str | None = None) -> Conversation:
     messages = (Message("user", prompt), Message("assistant", answer))
-    return Conversation(messages, Place("t.jsonl", 1)).with_system(system)
+    return Conversation(messages, Place("t.jsonl", 1), group).with_system(system)
 
 
 def prompts(conversations: tuple[Conversation, ...]) -> set[str]:
@@ -112,3 +113,95 @@ def test_training_rows_that_stand_in_the_test_file_are_dropped() -> None:
     assert kept == (train[1], train[3])
     assert num_dropped == 2
     assert drop_overlap(train, []) == (tuple(train), 0)
+
+
+def test_splits_of_before_there_were_groups_and_labels_are_as_they_were() -> None:
+    """Frozen from the version without them: a resumed run must find its rows on the side where they were."""
+    split = split_rows(MANY, test_fraction=0.2, validation_fraction=0.1, seed=42)
+    test = [3, 13, 14, 17, 19, 20, 21, 22, 32, 34, 50, 57, 73, 75, 78, 83, 93, 94, 97, 99]
+    validation = [4, 18, 26, 46, 49, 54, 69, 72, 84, 98]
+    assert [MANY.index(row) for row in split.test] == test
+    assert [MANY.index(row) for row in split.validation] == validation
+    with_system = split_rows(MANY, test_fraction=0.2, validation_fraction=0.1, seed=42, system="Be brief.")
+    assert with_system == split
+
+
+GROUPED = [ask(f"prompt {n}", group=f"customer {n % 37}") for n in range(400)]
+
+
+def sides_of(split: Split) -> list[tuple[Conversation, ...]]:
+    return [split.train, split.validation, split.test]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_group_stays_on_one_side(seed: int) -> None:
+    split = split_rows(GROUPED, test_fraction=0.2, validation_fraction=0.1, seed=seed)
+    groups = [{row.group for row in side} for side in sides_of(split)]
+    assert sum(map(len, groups)) == 37 and all(groups)
+    assert len(split.test) == pytest.approx(80, abs=12)
+    shuffled = split_rows(
+        random.Random(1).sample(GROUPED, 400), test_fraction=0.2, validation_fraction=0.1, seed=seed
+    )
+    assert {row.group for row in shuffled.test} == groups[2]
+
+
+def test_a_prompt_in_two_groups_ties_them_together() -> None:
+    rows = [*GROUPED, ask("prompt 0", "other", group="customer 5")]  # prompt 0 is customer 0's
+    for seed in range(20):
+        split = split_rows(rows, test_fraction=0.3, seed=seed)
+        where = [{row.group for row in side} for side in (split.train, split.test)]
+        assert not where[0] & where[1]
+        assert not {"customer 0", "customer 5"} & where[0] or {"customer 0", "customer 5"} <= where[0]
+
+
+def test_rows_of_a_given_file_do_not_share_a_group_either() -> None:
+    train = [ask("a", group="x"), ask("b", group="y")]
+    assert drop_overlap(train, [ask("c", group="x")]) == ((train[1],), 1)
+
+
+def test_prompts_that_the_system_text_makes_the_same_are_the_same() -> None:
+    rows = [ask(f"q{n}", system=system) for n in range(50) for system in ("s", None)]
+    for seed in range(5):
+        split = split_rows(rows, test_fraction=0.3, seed=seed, system="s")
+        assert not prompts_as_trained(split.train, "s") & prompts_as_trained(split.test, "s")
+    assert drop_overlap([rows[0]], [rows[1]], "s") == ((), 1)
+    assert drop_overlap([rows[0]], [rows[1]]) == ((rows[0],), 0)
+
+
+def prompts_as_trained(rows: tuple[Conversation, ...], system: str) -> set[tuple[Message, ...]]:
+    return {row.with_system(system).prompt().messages for row in rows}
+
+
+LABELLED = [ask(f"text {n}", f"label {min(n % 10, n % 7)}") for n in range(500)] + [
+    ask("once", "rare"),
+    *(ask(f"twice {n}", "seldom") for n in range(2)),
+]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_each_label_gives_its_part_and_keeps_a_row(seed: int) -> None:
+    split = split_rows(LABELLED, test_fraction=0.2, validation_fraction=0.1, seed=seed, stratify=True)
+    counts = Counter(row.answer() for row in LABELLED)
+    train, validation, test = (Counter(row.answer() for row in side) for side in sides_of(split))
+    assert (len(split.test), len(split.validation)) == (101, 50)
+    for label, size in counts.items():
+        assert train[label] >= 1
+        assert abs(test[label] - 0.2 * size) <= 1 and abs(validation[label] - 0.1 * size) <= 1
+    assert not prompts(split.train) & prompts(split.test)
+
+
+def test_a_group_of_many_labels_is_held_out_whole() -> None:
+    rows = [ask(f"text {n}", f"label {n % 4}", group=f"g{n // 8}") for n in range(400)]
+    split = split_rows(rows, test_fraction=0.2, seed=0, stratify=True)
+    groups = [{row.group for row in side} for side in (split.train, split.test)]
+    assert not groups[0] & groups[1]
+    assert set(Counter(row.answer() for row in split.test).values()) == {20}
+
+
+def test_answers_that_are_texts_are_no_labels() -> None:
+    with pytest.raises(DataError, match="100 different answers") as caught:
+        split_rows(MANY, test_fraction=0.2, seed=0, stratify=True)
+    assert caught.value.help == "--set data.stratify=false"
+    rows = [ask(f"text {n}", str(n % 2), group=str(n % 2)) for n in range(10)]
+    with pytest.raises(DataError, match="no row can be held out so that each of 2 labels keeps one"):
+        split_rows(rows, test_fraction=0.2, seed=0, stratify=True)

@@ -47,10 +47,14 @@ class Message(Struct, frozen=True, gc=False):
 
 
 class Conversation(Struct, frozen=True):
-    """Turns in order: an optional system message, then user and assistant in turn, ending with assistant."""
+    """Turns in order: an optional system message, then user and assistant in turn, ending with assistant.
+
+    Conversations of one `group` (what stands under `data.group_by` in their rows) are held out together.
+    """
 
     messages: tuple[Message, ...]
     place: Place | None = None
+    group: str | None = None
 
     def prompt(self) -> Conversation:
         """The conversation up to its last assistant turn: what a model is given to answer."""
@@ -64,12 +68,12 @@ class Conversation(Struct, frozen=True):
         """The same with `system` in front, unless it has a system message of its own."""
         if not system or (self.messages and self.messages[0].role == "system"):
             return self
-        return Conversation((Message("system", system), *self.messages), self.place)
+        return replace(self, messages=(Message("system", system), *self.messages))
 
     def last_turn_trained(self) -> Conversation:
         """The same with every assistant turn but the last one as context."""
         earlier = (replace(m, trained=m.trained and m.role != "assistant") for m in self.messages[:-1])
-        return Conversation((*earlier, self.messages[-1]), self.place)
+        return replace(self, messages=(*earlier, self.messages[-1]))
 
     def as_dicts(self) -> list[dict[str, str]]:
         """As chat templates and `messages` rows have it."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from myna.data import preferences, questions, trees
 from myna.data.check import fault, named, nearest, shown
 from myna.data.conversation import Conversation, Message, Row
-from myna.data.shapes import AS_THEY_COME, Column, Format, Keys, Reading, is_filled, single, text_of
+from myna.data.shapes import AS_THEY_COME, Column, Format, Keys, Reading, grouped, is_filled, single, text_of
 from myna.data.turns import read_turns
 from myna.errors import DataError, RecipeError
 
@@ -220,7 +220,8 @@ def to_conversations(
     if missing and not shape.gather:
         yield missing_key(row, missing[0], shape, columns)
     else:
-        yield from shape.read(row, keys, reading)
+        made = shape.read(row, keys, reading)
+        yield from grouped(made, row, reading.group_by) if reading.group_by else made
 
 
 def keys_of(row: Row, shape: Format, columns: Mapping[str, str]) -> dict[str, str]:

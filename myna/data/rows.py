@@ -91,8 +91,8 @@ def _digest_if_there(path: Path) -> str | None:
 
 
 def reading_of(data: DataSettings) -> Reading:
-    """What a recipe chooses where a row holds several conversations."""
-    return Reading(no_answer=data.no_answer, paths=data.paths, language=data.language)
+    """What a recipe chooses where a row holds several conversations, and which of them are held out together."""
+    return Reading(no_answer=data.no_answer, paths=data.paths, language=data.language, group_by=data.group_by)
 
 
 def load_conversations(

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from myna.data.check import shown
+from msgspec.structs import replace
+
+from myna.data.check import fault, named, nearest, shown
 from myna.data.conversation import Conversation, Message, Row
 from myna.data.turns import is_plain_text, read_text
 from myna.errors import DataError
@@ -20,12 +22,13 @@ class Reading:
     """What a recipe chooses where a row holds more than one conversation.
 
     `no_answer` is the answer to a question that its text does not answer; of trees of replies `paths` takes the best
-    ranked or all, and `language` those in it alone.
+    ranked or all, and `language` those in it alone. Under `group_by` stands what tells which rows are held out together.
     """
 
     no_answer: str = "unanswerable"
     paths: PathChoice = "best"
     language: str | None = None
+    group_by: str | None = None
 
 
 AS_THEY_COME = Reading()
@@ -76,6 +79,22 @@ def single(read: Callable[[Row, Keys], tuple[Message, ...]]) -> Callable[[Row, K
             yield error
 
     return read_one
+
+
+def grouped(made: Made, row: Row, key: str) -> Made:
+    """A row's conversations with what stands under `key` as their group; a fault where nothing does."""
+    try:
+        if key not in row.values:
+            near = nearest([key], row.values)
+            cure = f"--set data.group_by={shown(near)}" if near else "add it to the row, or take the row out"
+            message = f"`{shown(key)}` (data.group_by) is missing; the keys are: {named(row.values)}"
+            raise fault("D012", message, where=row.place, help=cure)
+        group = read_text(row.values[key], f"`{shown(key)}` (data.group_by)", row.place)
+    except DataError as error:
+        yield error
+        return
+    for one in made:
+        yield one if isinstance(one, DataError) else replace(one, group=group)
 
 
 def text_of(row: Row, key: str) -> str:

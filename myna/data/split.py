@@ -1,17 +1,23 @@
-"""Which rows are trained on and which are held out: the same prompt never stands on both sides."""
+"""Which rows are trained on and which are held out: neither a prompt nor a group ever stands on two sides.
+
+Rows are held out in units that stay together: those with the same prompt and, where the recipe groups them
+(`data.group_by`), those of the same group. A prompt in two groups makes one unit of both.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from myna.data.check import fault
 from myna.data.conversation import Conversation
 from myna.errors import DataError
 
 ALL_TRAINED = "--set data.test_fraction=0 trains on every row and holds nothing out"
+ROWS_A_LABEL = 2  # with fewer rows to a label on average the answers are no labels
 
 
 @dataclass(frozen=True)
@@ -23,71 +29,174 @@ class Split:
     test: tuple[Conversation, ...]
 
 
+@dataclass
+class _Unit:
+    """Rows that stay together: how many, and how many of each label."""
+
+    num_rows: int = 0
+    labels: Counter[str] = field(default_factory=Counter)
+
+
 def split_rows(
     conversations: Sequence[Conversation],
     *,
     test_fraction: float,
     validation_fraction: float = 0.0,
     seed: int,
+    stratify: bool = False,
+    system: str | None = None,
 ) -> Split:
-    """Holds out about these parts of the rows (0 to 1), at least one prompt for each part that is asked for.
+    """Holds out about these parts of the rows (0 to 1), at least one unit for each part that is asked for.
 
-    Prompts are ranked by a digest of the prompt and `seed`, so the choice depends on neither the order of the
-    rows nor the machine, and few rows change sides when rows are added. Raises DataError where no row would
-    be left to train on.
+    Units are ranked by a digest of the prompt (of the group, where there is one) and `seed`, so the choice depends on
+    neither the order of the rows nor the machine, and few rows change sides when rows are added. With `stratify` about
+    these parts of each label, which is the answer, and each label keeps a row to train on. Prompts that `system` makes
+    the same are the same. Raises DataError where no row would be left to train on, or no label could be held out.
     """
-    sizes: dict[str, int] = {}
-    prompts = [_digest(conversation, seed) for conversation in conversations]
-    for prompt in prompts:
-        sizes[prompt] = sizes.get(prompt, 0) + 1
+    ranks = _ranks(conversations, seed, system)
+    units: dict[str, _Unit] = {}
+    for rank, conversation in zip(ranks, conversations, strict=True):
+        unit = units.setdefault(rank, _Unit())
+        unit.num_rows += 1
+        unit.labels[conversation.answer() if stratify else ""] += 1
     num_parts = 1 + (test_fraction > 0) + (validation_fraction > 0)
-    if len(sizes) < num_parts or test_fraction + validation_fraction >= 1:
-        raise _nothing_left(conversations, len(sizes))
-    ranked = sorted(sizes)
-    test = _held_out(ranked, sizes, test_fraction * len(prompts), num_parts - 1)
-    rest = [prompt for prompt in ranked if prompt not in test]
-    validation = _held_out(rest, sizes, validation_fraction * len(prompts), 1)
+    if len(units) < num_parts or test_fraction + validation_fraction >= 1:
+        raise _nothing_left(conversations, len(units))
+    choose = _by_label if stratify and num_parts > 1 else _held_out
+    ranked = {rank: units[rank] for rank in sorted(units)}
+    if choose is _by_label:
+        _refuse_no_labels(conversations)
+    num_rows = len(conversations)
+    test = choose(ranked, test_fraction, num_rows, num_parts - 1)
+    rest = {rank: unit for rank, unit in ranked.items() if rank not in test}
+    validation = choose(rest, validation_fraction, num_rows, 1)
     sides: dict[str, list[Conversation]] = {"train": [], "validation": [], "test": []}
-    for prompt, conversation in zip(prompts, conversations, strict=True):
-        side = "test" if prompt in test else "validation" if prompt in validation else "train"
+    for rank, conversation in zip(ranks, conversations, strict=True):
+        side = "test" if rank in test else "validation" if rank in validation else "train"
         sides[side].append(conversation)
     return Split(tuple(sides["train"]), tuple(sides["validation"]), tuple(sides["test"]))
 
 
 def drop_overlap(
-    train: Sequence[Conversation], test: Sequence[Conversation]
+    rows: Sequence[Conversation], others: Sequence[Conversation], system: str | None = None
 ) -> tuple[tuple[Conversation, ...], int]:
-    """The training rows whose prompt does not stand in `test`, and how many were dropped for it."""
-    held_out = {_digest(conversation, 0) for conversation in test}
-    kept = tuple(conversation for conversation in train if _digest(conversation, 0) not in held_out)
-    return kept, len(train) - len(kept)
+    """The rows whose prompt (and group, where they have one) does not stand in `others`, and how many were dropped."""
+    elsewhere = {key for conversation in others for key in _keys(conversation, 0, system)}
+    kept = tuple(one for one in rows if elsewhere.isdisjoint(_keys(one, 0, system)))
+    return kept, len(rows) - len(kept)
 
 
-def _digest(conversation: Conversation, seed: int) -> str:
-    text = json.dumps([seed, conversation.prompt().as_dicts()])
-    return hashlib.sha256(text.encode()).hexdigest()
+def _keys(conversation: Conversation, seed: int, system: str | None) -> Iterator[str]:
+    """What ties a row to others: its prompt, the prompt as `system` makes it, its group."""
+    yield _digest(seed, conversation.prompt().as_dicts())
+    if system:
+        yield _digest(seed, conversation.with_system(system).prompt().as_dicts())
+    if conversation.group is not None:
+        yield _group_digest(conversation.group, seed)
 
 
-def _held_out(ranked: Sequence[str], sizes: Mapping[str, int], num_rows: float, num_others: int) -> set[str]:
-    """Prompts by rank as long as their rows fit into `num_rows`; where none fits, the one with fewest rows.
+def _digest(seed: int, value: object) -> str:
+    return hashlib.sha256(json.dumps([seed, value]).encode()).hexdigest()
 
-    `num_others` prompts are left at least, one for each part of the split that comes after.
+
+def _group_digest(group: str, seed: int) -> str:
+    return _digest(seed, {"group": group})
+
+
+def _ranks(conversations: Sequence[Conversation], seed: int, system: str | None) -> list[str]:
+    """The rank of each row's unit: the least digest in it, of its groups where it has any, else of its prompts."""
+    keys = [tuple(_keys(conversation, seed, system)) for conversation in conversations]
+    if all(len(set(one)) == 1 for one in keys):
+        return [one[0] for one in keys]
+    parents: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while parents.setdefault(key, key) != key:
+            parents[key] = parents[parents[key]]
+            key = parents[key]
+        return key
+
+    for one in keys:
+        for key in one[1:]:
+            parents[root(key)] = root(one[0])
+    least: dict[str, str] = {}
+    for one, conversation in zip(keys, conversations, strict=True):
+        rank = one[0] if conversation.group is None else one[-1]
+        least[root(one[0])] = min(least.get(root(one[0]), rank), rank)
+    return [least[root(one[0])] for one in keys]
+
+
+def _held_out(ranked: Mapping[str, _Unit], fraction: float, num_rows: int, num_others: int) -> set[str]:
+    """Units by rank as long as their rows fit into `fraction` of all; where none fits, the one with fewest rows.
+
+    `num_others` units are left at least, one for each part of the split that comes after.
     """
-    if not num_rows:
+    if not fraction * num_rows:
         return set()
     chosen: set[str] = set()
-    left = round(num_rows)
-    for prompt in ranked:
-        if sizes[prompt] <= left and len(chosen) < len(ranked) - num_others:
-            chosen.add(prompt)
-            left -= sizes[prompt]
-    return chosen or {min(ranked, key=lambda prompt: sizes[prompt])}
+    left = round(fraction * num_rows)
+    for rank, unit in ranked.items():
+        if unit.num_rows <= left and len(chosen) < len(ranked) - num_others:
+            chosen.add(rank)
+            left -= unit.num_rows
+    return chosen or {min(ranked, key=lambda rank: ranked[rank].num_rows)}
 
 
-def _nothing_left(conversations: Sequence[Conversation], num_prompts: int) -> DataError:
+def _by_label(ranked: Mapping[str, _Unit], fraction: float, num_rows: int, num_others: int) -> set[str]:
+    """Units by rank as long as the rows of each of their labels fit into that label's part.
+
+    A label's part is `fraction` of its rows, in whole rows, the largest remainders first (Hamilton), so that the parts
+    add up to `fraction` of all rows. Of each label one row stays, and one for each later part where there are so many.
+    """
+    if not fraction:
+        return set()
+    sizes: Counter[str] = Counter()
+    for unit in ranked.values():
+        sizes.update(unit.labels)
+    of_these = fraction * num_rows / sizes.total()  # of the rows that earlier parts left
+    left = {label: int(of_these * size) for label, size in sizes.items()}
+    spare = round(of_these * sizes.total()) - sum(left.values())
+    for label in sorted(sizes, key=lambda one: (int(of_these * sizes[one]) - of_these * sizes[one], one)):
+        if spare > 0 and sizes[label] - left[label] > num_others:
+            left[label] += 1
+            spare -= 1
+    chosen = set()
+    for rank, unit in ranked.items():
+        fits = all(count <= left[label] and count < sizes[label] for label, count in unit.labels.items())
+        if fits:
+            chosen.add(rank)
+            for label, count in unit.labels.items():
+                left[label] -= count
+                sizes[label] -= count
+    if not chosen:
+        raise fault(
+            "D020",
+            f"no row can be held out so that each of {len(sizes)} labels keeps one to train on",
+            where="data.stratify",
+            help="--set data.stratify=false holds out without regard to labels, or a larger data.test_fraction",
+        )
+    return chosen
+
+
+def _refuse_no_labels(conversations: Sequence[Conversation]) -> None:
+    """DataError where the answers are hardly ever the same: they are texts, and no labels to hold out by."""
+    num_labels = len({conversation.answer() for conversation in conversations})
+    if len(conversations) < ROWS_A_LABEL * num_labels:
+        place = conversations[0].place
+        raise fault(
+            "D020",
+            f"data.stratify holds out by label, and {len(conversations)} rows have {num_labels} different answers",
+            where=place.path if place else "rows",
+            help="--set data.stratify=false",
+        )
+
+
+def _nothing_left(conversations: Sequence[Conversation], num_units: int) -> DataError:
     rows = "1 row" if len(conversations) == 1 else f"{len(conversations)} rows"
-    prompts = "1 prompt" if num_prompts == 1 else f"{num_prompts} different prompts"
+    grouped = any(conversation.group is not None for conversation in conversations)
+    of_what = ("group", "groups") if grouped else ("prompt", "different prompts")
+    units = f"1 {of_what[0]}" if num_units == 1 else f"{num_units} {of_what[1]}"
     place = conversations[0].place if conversations else None
     where = place.path if place else "rows"
-    message = f"nothing would be left to train on: {rows} with {prompts}, some of them to be held out"
+    message = f"nothing would be left to train on: {rows} with {units}, some of them to be held out"
     return fault("D020", message, where=where, help=ALL_TRAINED)

@@ -9,7 +9,7 @@ Where most rows turn out to have another shape than the first ones, all are read
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -18,7 +18,7 @@ from myna.data.check import fault
 from myna.data.conversation import Conversation, Row
 from myna.data.detect import NO_COLUMNS, Detected, Group, Survey, differing, has_required
 from myna.data.formats import format_named, keys_of
-from myna.data.shapes import AS_THEY_COME, Keys, Reading
+from myna.data.shapes import AS_THEY_COME, Keys, Reading, grouped
 from myna.data.sources import scan_rows
 from myna.errors import DataError
 
@@ -157,7 +157,7 @@ def _pass(
         converter.finish()
         if not counting.num_taken and not counting.num_refused:
             counting.refuse(fault("D020", "no conversation is left of these rows", where=where))
-    return found, num_rows
+    return replace(found, ignored=tuple(key for key in found.ignored if key != reading.group_by)), num_rows
 
 
 class _Counting:
@@ -214,7 +214,8 @@ class Converter:
         return keys_of(group.first, self._shape, self._detected.keys)
 
     def _convert(self, row: Row, keys: Keys) -> None:
-        for one in self._read(row, keys, self._reading):
+        made = self._read(row, keys, self._reading)
+        for one in grouped(made, row, self._reading.group_by) if self._reading.group_by else made:
             if isinstance(one, DataError):
                 self._sink.refuse(one)
             else:

@@ -132,7 +132,7 @@ def gather_trees(rows: Sequence[Row], keys: Keys) -> Iterator[Row | DataError]:
         if places.get(identity) != row.place:
             continue
         if parent in (None, ""):
-            roots.append(Row({ROOT: nodes[identity]}, row.place))
+            roots.append(Row({**row.values, ROOT: nodes[identity]}, row.place))
         elif str(parent) not in nodes:
             strays.add(identity)
             message = f"it replies to {shown(str(parent))}, which is no `{keys['message_id']}` of these rows"

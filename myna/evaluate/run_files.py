@@ -41,16 +41,18 @@ def read_run_files(run: Run) -> RunFiles:
 
 
 def read_metrics(path: Path) -> tuple[dict[str, Any], ...]:
-    """The lines of metrics.jsonl by step. Where a resume did a step again, its last line counts.
+    """The lines of metrics.jsonl by step, with the validation loss where there is one.
 
-    A last line without its end was cut by a kill and is not counted; any other broken line is a DataError.
+    Where a resume did a step again, its last line counts. A last line without its end was cut by a kill and is not
+    counted; any other broken line is a DataError.
     """
     by_step: dict[int, dict[str, Any]] = {}
     lines = path.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines[:-1], start=1):
         try:
             entry = json.loads(line)
-            by_step[entry["step"]] = entry
+            # a step's validation loss has a line of its own
+            by_step[entry["step"]] = (by_step.get(entry["step"], {}) if "loss" not in entry else {}) | entry
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"is no line of metrics: {error}", where=f"{path}:{number}") from None
     return tuple(by_step.values())

@@ -172,9 +172,11 @@ def _training_facts(files: RunFiles, steps: Sequence[Entry]) -> Html:
     speeds = [line["tokens_per_s"] for line in steps if is_finite(line.get("tokens_per_s"))]
     peaks = [line["peak_mb"] for line in steps if is_finite(line.get("peak_mb"))]
     targets = sum(line.get("target_tokens", 0) for line in files.metrics)
+    validated = [line["validation_loss"] for line in steps if is_finite(line.get("validation_loss"))]
     pairs = [
         ("steps", count(steps[-1]["step"])),
         ("loss", f"{steps[0]['loss']:.3f} → {steps[-1]['loss']:.3f}"),
+        ("validation loss", f"{validated[0]:.3f} → {validated[-1]:.3f}" if validated else "–"),
         ("time", optional(stage.get("seconds"), duration)),
         ("target tokens", count(targets) if targets else "–"),
         ("tokens/s, median", f"{statistics.median(speeds):,.0f}" if speeds else "–"),

@@ -30,7 +30,10 @@ def model_card(run: Run, recipe: Recipe) -> str:
 def _trained(info: Mapping[str, Any], recipe: Recipe) -> str:
     adapter, train = recipe.adapter, recipe.train
     steps = info["stages"].get("train", {}).get("steps", 0)
-    within = 0 if "test" in info["data"] else info.get("held_out_rows", 0)  # held out of the training file
+    of = {"test": "held_out_rows", "validation": "validation_rows"}
+    within = sum(
+        info.get(key, 0) for name, key in of.items() if name not in info["data"]
+    )  # of the training file
     return (
         f"A {adapter.method} adapter (r {adapter.r}, alpha {adapter.alpha:g}) on `{info['base']['name']}`, "
         f"trained with Myna {info['versions']['myna']} for {steps} steps of {train.batch_size} rows "

@@ -26,6 +26,7 @@ DIRECTION = (
     "preview",
     "metrics",
     "trial",
+    "validation",
     "train",
     "backends",
     "export",
