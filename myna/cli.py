@@ -21,6 +21,7 @@ from myna.data_commands import convert as data_convert
 from myna.engine.threads import BRIEF_SPIN
 from myna.errors import Interrupted, MynaError, UsageError
 from myna.show import Show
+from myna.show_command import show as data_show
 from myna.stage_commands import evaluate, export, merge, verify
 from myna.terminal import (
     AsJson,
@@ -143,25 +144,7 @@ data_app.command("check")(data_check)
 data_app.command("convert")(data_convert)
 
 
-@data_app.command("show")
-def data_show(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    rows: Annotated[int, typer.Option(help="how many rows", min=1)] = 3,
-    as_json: AsJson = False,
-) -> None:
-    """Rendered rows with the trained tokens coloured: exactly what the model will see."""
-    from myna.preview import preview_rows
-    from myna.recipe import load_recipe
-
-    shown = preview_rows(load_recipe(recipe, overrides or []), rows, new_console(stderr=True).print)
-    if as_json:
-        print_json({"rows": [row.as_json() for row in shown]})
-        return
-    console = new_console()
-    for row in shown:
-        console.print(row.as_text(), soft_wrap=True)
-        console.print(f"[dim]{row.num_tokens} tokens, {row.num_targets} trained, from {row.place}[/dim]\n")
+data_app.command("show")(data_show)
 
 
 @app.command()

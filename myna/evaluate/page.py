@@ -70,8 +70,8 @@ def facts(pairs: Iterable[tuple[str, Html]], class_: str = "facts") -> Html:
     return tag("dl", *items, class_=class_)
 
 
-def page(title: str, *body: Html) -> Html:
-    """The whole document."""
+def page(title: str, *body: Html, style: str = "") -> Html:
+    """The whole document; `style` is what this page has besides the style of all."""
     head = [
         Html('<meta charset="utf-8">'),
         Html(f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'),
@@ -79,7 +79,7 @@ def page(title: str, *body: Html) -> Html:
         Html('<meta name="color-scheme" content="light dark">'),
         Html('<link rel="icon" href="data:,">'),
         tag("title", text(title)),
-        Html(f"<style>{STYLE}</style>"),
+        Html(f"<style>{STYLE}{style}</style>"),
     ]
     document = tag("html", tag("head", *head), tag("body", tag("main", *body)), lang="en")
     return Html(f"<!doctype html>\n{document}\n")

@@ -32,6 +32,7 @@ DIRECTION = (
     "export",
     "evaluate",
     "verify",
+    "preview_page",
     "pipeline",
     "serve",
     "ship",
@@ -48,6 +49,7 @@ DIRECTION = (
     "terminal",
     "stage_commands",
     "data_commands",
+    "show_command",
     "cli",
 )
 FREE_OF_TORCH = ("errors", "interval", "data", "recipe", "recipe_faults", "run", "show")
