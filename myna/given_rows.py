@@ -9,7 +9,7 @@ from myna.data.render import load_chat_tokenizer
 from myna.data.rows import as_row, load_conversations
 from myna.errors import DataError, UsageError
 from myna.model.sources import Say
-from myna.prepare import short_enough
+from myna.rendering import short_enough
 from myna.run import Run, file_sha256, lock_run, write_json, write_text
 from myna.stored import is_adopted, stored_recipe
 

@@ -60,7 +60,7 @@ def train_stage(recipe: Recipe, *, resume: bool = False, show: Show | None = Non
     started = time.perf_counter()
     show.stage("train")
     with lock_run(run) if run.exists() else _locked_when_made(run):
-        rows = row_paths(recipe.data).values()
+        rows = row_paths(recipe.data)
         if run.exists() and run.stage("train") and not all(is_there(Path(path)) for path in rows):
             keep_trained(recipe, run)
             show.say("the adapter is trained already (its rows are no longer where they were)")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from myna.data.epochs import Part, lengths_at_most, rows_an_epoch
 from myna.data.packing import num_steps_an_epoch
 from myna.engine.compiler import NotNative
 from myna.engine.estimate import BYTES, BaseShape, base_shape, estimate_memory
@@ -126,8 +127,12 @@ def this_machine() -> Machine:
     return Machine(device, usable_cores(), fast_bf16, round(total_memory_mb(device)))
 
 
-def freeze_plan(recipe: Recipe, config: Any, lengths: Sequence[int], machine: Machine) -> FrozenPlan:
+def freeze_plan(
+    recipe: Recipe, config: Any, lengths: Sequence[int], machine: Machine, parts: Sequence[Part] = ()
+) -> FrozenPlan:
     """Decides everything. `config` is the base's, `lengths` are the rows' tokens, the recipe has its defaults written out.
+
+    `parts` are the files that the rows are of, where they are several.
 
     Raises RecipeError where the recipe asks for what this path or device does not have, MachineError where
     MYNA_KERNELS=native asks for kernels that cannot be had.
@@ -138,7 +143,10 @@ def freeze_plan(recipe: Recipe, config: Any, lengths: Sequence[int], machine: Ma
     kernels, kernels_reason = plan_kernels(machine.device, dtype, path)
     _refuse_int8(quantize, path, reason, machine.device)
     assert settings.pack_tokens is not None
-    num_steps = settings.epochs * num_steps_an_epoch(len(lengths), settings.batch_size)
+    parts = parts or (Part(len(lengths)),)
+    num_rows = rows_an_epoch(parts)
+    num_steps = settings.epochs * num_steps_an_epoch(num_rows, settings.batch_size)
+    lengths = lengths_at_most(lengths, parts)
     shape = base_shape(config)
 
     # what a CPU computes is in CPU memory
@@ -175,7 +183,7 @@ def freeze_plan(recipe: Recipe, config: Any, lengths: Sequence[int], machine: Ma
         path=path,
         path_reason=reason,
         pack_tokens=settings.pack_tokens,
-        num_rows=len(lengths),
+        num_rows=num_rows,
         num_steps=min(num_steps, settings.max_steps or num_steps),
         kernels=kernels,
         kernels_reason=kernels_reason,

@@ -12,22 +12,24 @@ from typing import Any
 
 import myna
 from myna.data.conversation import Conversation
+from myna.data.epochs import Part
 from myna.data.quarantine import quarantine_lines
-from myna.data.render import ChatTokenizer, Example, load_chat_tokenizer, render_example
+from myna.data.render import ChatTokenizer, Example, load_chat_tokenizer
 from myna.data.rows import LoadedRows, as_row
-from myna.data.sides import SIDES_VERSION, read_sides, row_paths
+from myna.data.sides import SIDES_VERSION, absolute, read_sides, row_files
 from myna.engine.optim import default_learning_rate
-from myna.errors import DataError, RecipeError
+from myna.errors import RecipeError
 from myna.model.load import read_config
 from myna.model.sources import PACKAGED, BaseFiles, Say, resolve_base
+from myna.pack_facts import PackFacts, first_packs
 from myna.plan import FrozenPlan, freeze_plan, read_plan, this_machine
 from myna.recipe import Recipe, recipe_yaml
+from myna.rendering import render_parts, short_enough, validation_examples
 from myna.run import Run, new_directory, timestamp, write_json, write_text
 from myna.stored import pinned_base, stored_recipe
 
 DEFAULT_MAX_LENGTH = 2048
 DEFAULT_PACK_TOKENS = 1024  # on a CPU a larger pack is no faster and takes about 1.5 MB more a token
-ALLOWED_CUT = 0.01  # the part of the rows that may be cut without being asked for
 # Settings that a resumed run may change: they do not touch what is trained.
 FREE_SETTINGS = (
     "evaluate.",
@@ -41,14 +43,18 @@ LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "gguf
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run ready to train: the resolved recipe and everything that was read for it."""
+    """A run ready to train: the resolved recipe and everything that was read for it.
+
+    `examples` are the training rows of all files, one after another, `parts` how many are of each.
+    """
 
     run: Run
     recipe: Recipe
     base: BaseFiles
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
     test: tuple[Conversation, ...]
     plan: FrozenPlan
+    parts: tuple[Part, ...]
     validation: tuple[Example, ...] = ()
 
 
@@ -67,7 +73,7 @@ def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
         say(
             "the base has no chat template: a plain one (### User / ### Assistant) is used and kept in the run"
         )
-    examples = render_rows(sides.train, tokenizer, resolved, say)
+    examples, parts = render_parts(sides.train, tokenizer, resolved, say)
     test = short_enough(sides.test, tokenizer, resolved, say)
     validation = short_enough(sides.validation, tokenizer, resolved, say, what="validation rows")
     validated = validation_examples(validation, tokenizer, resolved)
@@ -81,13 +87,28 @@ def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
             write_text(run.recipe_path, recipe_yaml(resolved))
             run.record([run.recipe_path])
     else:
-        plan = freeze_plan(resolved, config, [len(e.input_ids_T) for e in examples], this_machine())
+        plan = freeze_plan(resolved, config, [len(e.input_ids_T) for e in examples], this_machine(), parts)
+        packs = first_packs(examples, parts, resolved, plan)
+        for sentence in packs.sentences():
+            say(sentence)
+        inputs["packs"] = packs.as_json()
         kept = {run.test_path: test, run.validation_path: validation}
         _write_run(run, resolved, base, plan, inputs, kept, tokenizer)
     if quarantined:
         write_text(run.quarantine_path, quarantined)
         run.record([run.quarantine_path])
-    return Prepared(run, resolved, base, tuple(examples), tuple(test), plan, validated)
+    return Prepared(run, resolved, base, examples, tuple(test), plan, parts, validated)
+
+
+def plan_rows(recipe: Recipe, say: Say) -> PackFacts:
+    """What packing makes of a recipe's rows, without making its run."""
+    sides = read_sides(recipe, None, say)
+    base = resolve_base(recipe.model.base, say)
+    config = read_config(base.folder)
+    resolved = _resolve(recipe, Run(Path()), config)
+    examples, parts = render_parts(sides.train, load_chat_tokenizer(base.folder), resolved, say)
+    plan = freeze_plan(resolved, config, [len(e.input_ids_T) for e in examples], this_machine(), parts)
+    return first_packs(examples, parts, resolved, plan)
 
 
 def keep_trained(recipe: Recipe, run: Run) -> None:
@@ -98,7 +119,6 @@ def keep_trained(recipe: Recipe, run: Run) -> None:
     before = stored_recipe(run)
     data, train, base = recipe.data, recipe.train, recipe.model.base
     is_path = base not in PACKAGED and not base.startswith("hf:")
-    paths = {name: str(Path(path).resolve()) for name, path in row_paths(data).items()}
     rate = train.learning_rate or before.train.learning_rate
     packs = train.pack_tokens or before.train.pack_tokens
     folder = str(Path(base).resolve()) if is_path else base
@@ -106,7 +126,9 @@ def keep_trained(recipe: Recipe, run: Run) -> None:
         update={
             "run": recipe.run.model_copy(update={"name": before.run.name}),
             "model": recipe.model.model_copy(update={"base": folder}),
-            "data": data.model_copy(update=paths | {"max_length": data.max_length or before.data.max_length}),
+            "data": absolute(data).model_copy(
+                update={"max_length": data.max_length or before.data.max_length}
+            ),
             "train": train.model_copy(update={"learning_rate": rate, "pack_tokens": packs}),
         }
     )
@@ -114,70 +136,6 @@ def keep_trained(recipe: Recipe, run: Run) -> None:
     if resolved != before:
         write_text(run.recipe_path, recipe_yaml(resolved))
         run.record([run.recipe_path])
-
-
-def render_rows(
-    rows: Sequence[Conversation], tokenizer: ChatTokenizer, recipe: Recipe, say: Say
-) -> list[Example]:
-    """Renders rows; counts and says what was cut or dropped, and refuses more than 1 % of it unasked."""
-    max_length = recipe.data.max_length
-    assert max_length is not None
-    examples, first_long, num_cut, num_dropped, longest = [], "", 0, 0, 0
-    for row in rows:
-        example = render_example(row, tokenizer, max_length)
-        longest = max(longest, len(example.input_ids_T) + example.num_cut)
-        if example.num_cut:
-            num_cut += 1
-            first_long = first_long or str(row.place)
-        if example.num_targets:
-            examples.append(example)
-        else:
-            num_dropped += 1
-    lengths = sorted(len(example.input_ids_T) for example in examples)
-    if num_cut > ALLOWED_CUT * len(rows) and not recipe.data.cut_long:
-        raise DataError(
-            f"{num_cut} of {len(rows)} rows are longer than {max_length} tokens (the longest has {longest})",
-            where=first_long,
-            help=f"--set data.max_length={longest} keeps them whole; --set data.cut_long=true cuts them",
-            code="cut",
-        )
-    if not examples:
-        raise DataError(f"no row is left to train on: all {len(rows)} are wholly masked", code="masked")
-    say(
-        f"{len(examples)} rows to train, {lengths[len(lengths) // 2]} tokens in the middle, {lengths[-1]} at most; "
-        f"{num_cut} cut, {num_dropped} wholly masked and left out"
-    )
-    return examples
-
-
-def short_enough(
-    rows: Sequence[Conversation],
-    tokenizer: ChatTokenizer,
-    recipe: Recipe,
-    say: Say,
-    *,
-    what: str = "held-out rows",
-) -> list[Conversation]:
-    """Held-out rows that fit into data.max_length, which no runtime has to cut; how many do not is said."""
-    assert recipe.data.max_length is not None
-    kept = [row for row in rows if not render_example(row, tokenizer, recipe.data.max_length).num_cut]
-    if len(kept) < len(rows):
-        say(f"{len(rows) - len(kept)} {what} are longer than data.max_length and left out")
-    return kept
-
-
-def validation_examples(
-    rows: Sequence[Conversation], tokenizer: ChatTokenizer, recipe: Recipe
-) -> tuple[Example, ...]:
-    """The rows of the validation loss, rendered as training rows are. DataError where none has a target token."""
-    assert recipe.data.max_length is not None
-    rendered = (render_example(row, tokenizer, recipe.data.max_length) for row in rows)
-    examples = tuple(example for example in rendered if example.num_targets)
-    if rows and not examples:
-        raise DataError(
-            f"no validation row has anything to learn: all {len(rows)} are wholly masked", code="masked"
-        )
-    return examples
 
 
 def _resolve(recipe: Recipe, run: Run, config: Any) -> Recipe:
@@ -191,12 +149,7 @@ def _resolve(recipe: Recipe, run: Run, config: Any) -> Recipe:
             help=f"--set data.max_length={context}",
         )
     rate = recipe.train.learning_rate or default_learning_rate(text.hidden_size)
-    data = recipe.data.model_copy(
-        update={
-            "max_length": max_length,
-            **{name: str(Path(path).resolve()) for name, path in row_paths(recipe.data).items()},
-        }
-    )
+    data = absolute(recipe.data).model_copy(update={"max_length": max_length})
     packs = recipe.train.pack_tokens or DEFAULT_PACK_TOKENS
     train = recipe.train.model_copy(update={"learning_rate": rate, "pack_tokens": packs})
     names = recipe.run.model_copy(update={"name": run.name})
@@ -209,9 +162,10 @@ def _resolve(recipe: Recipe, run: Run, config: Any) -> Recipe:
 def _inputs(
     recipe: Recipe, base: BaseFiles, loaded: Mapping[str, LoadedRows], num_test: int, num_validation: int
 ) -> dict[str, Any]:
+    paths = row_files(recipe.data)
     files = {
         name: {
-            "path": getattr(recipe.data, name),
+            "path": paths[name][0],
             "sha256": rows.sha256,
             "rows": rows.num_rows,
             "format": rows.format_name,

@@ -55,12 +55,27 @@ class ModelSettings(Section):
     )
 
 
+class MixedRows(Section):
+    """Rows of another file, beside those of data.train; what is not said here holds for all files."""
+
+    train: PathText
+    weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+    format: str = "auto"
+    columns: dict[str, str] = Field(default_factory=dict)
+    system: str | None = None
+
+
 class DataSettings(Section):
     train: PathText = Field(
         description="rows to learn: a file, a folder of files, or a pattern of names (docs/data.md)"
     )
     test: str | None = Field(None, description="held-out rows; default: a part of data.train")
     test_fraction: Fraction = Field(0.1, description="the part of data.train held out where no test is given")
+    mix: list[MixedRows] = Field(
+        default_factory=list,
+        description="rows of other files beside them: {train: FILE, weight: 0.5} has half of them an epoch; "
+        "format, columns and system are a file's own",
+    )
     validation: PathText | None = Field(
         None, description="rows whose loss is taken at every checkpoint; default: a part of data.train"
     )
@@ -114,8 +129,14 @@ class TrainSettings(Section):
     max_steps: Annotated[int, Field(ge=1)] | None = Field(
         None, description="stop after so many steps, where the epochs have more"
     )
-    max_rows: Annotated[int, Field(ge=1)] | None = Field(None, description="read so many rows of data.train")
+    max_rows: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="read so many rows of data.train, and of each file of data.mix"
+    )
     batch_size: Annotated[int, Field(ge=1)] = Field(8, description="rows a step")
+    order: Literal["shuffled", "length", "file"] = Field(
+        "shuffled",
+        description="of the rows of an epoch: shuffled · length (short ones first) · file (as there)",
+    )
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(
         None, description="peak; default: by method and width"
     )
@@ -217,6 +238,7 @@ def build_recipe(
         return kind.model_validate(merged)
     except ValidationError as error:
         known = [key for key, _, _ in setting_lines()]
+        known += [f"data.mix.{key}" for key in MixedRows.model_fields]
         raise recipe_error(error, tree, where, set_here, known) from None
 
 
@@ -279,11 +301,19 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
         section = tree.get(block)
         if isinstance(section, dict) and isinstance(section.get(key), str) and section[key]:
             section[key] = str(folder / Path(section[key]).expanduser())
+    data = tree.get("data")
+    _resolve_mixed(data.get("mix") if isinstance(data, dict) else None, folder)
     model = tree.get("model")
     if isinstance(model, dict) and isinstance(model.get("base"), str):
         base = model["base"]
         if base.startswith((".", "~")) or base.endswith(".gguf"):
             model["base"] = str((folder / Path(base).expanduser()).resolve())
+
+
+def _resolve_mixed(mix: Any, folder: Path) -> None:
+    for entry in mix if isinstance(mix, list) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("train"), str) and entry["train"]:
+            entry["train"] = str(folder / Path(entry["train"]).expanduser())
 
 
 def _apply_override(tree: dict[str, Any], text: str) -> str:
@@ -304,5 +334,7 @@ def _apply_override(tree: dict[str, Any], text: str) -> str:
         raise UsageError(f"--set {text}: the value is not YAML: {error}") from None
     if tuple(parts) in PATH_KEYS and isinstance(parsed, str):
         parsed = str(Path(parsed).expanduser().resolve())
+    if parts == ["data", "mix"]:
+        _resolve_mixed(parsed, Path.cwd())
     node[parts[-1]] = parsed
     return ".".join(parts)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
-from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from myna.errors import RecipeError
 
@@ -35,7 +35,7 @@ def _fault_line(
     path = [part for part in fault["loc"] if isinstance(part, str) and not part.startswith("list[")]
     path = [part for part in path if part not in ("str", "function-after")]
     dotted = ".".join(path)
-    line = _line_of(tree, path)
+    line = _line_of(tree, [part for part in fault["loc"] if part in path or isinstance(part, int)])
     place = f"{where}:{line}" if line else where
     place = f"--set {set_here[dotted]}" if dotted in set_here else place
     if fault["type"] == "extra_forbidden":
@@ -69,12 +69,15 @@ def _nearest(path: Sequence[str], known: Sequence[str]) -> str:
     return f" Settings there: {', '.join(own)}."
 
 
-def _line_of(tree: Any, path: Sequence[str]) -> int | None:
+def _line_of(tree: Any, path: Sequence[str | int]) -> int | None:
     line: int | None = None
     node = tree
     for part in path:
-        if not isinstance(node, CommentedMap) or part not in node:
+        if isinstance(node, CommentedSeq) and isinstance(part, int) and part < len(node):
+            line = int(node.lc.item(part)[0]) + 1
+        elif isinstance(node, CommentedMap) and part in node:
+            line = int(node.lc.key(part)[0]) + 1
+        else:
             break
-        line = int(node.lc.key(part)[0]) + 1
         node = node[part]
     return line

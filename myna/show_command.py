@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from myna.errors import UsageError
 from myna.terminal import AsJson, new_console, print_json
+
+if TYPE_CHECKING:
+    from myna.recipe import Recipe
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe.yaml")]
 Overrides = Annotated[
@@ -27,6 +30,9 @@ def show(
         ),
     ] = None,
     ids: Annotated[bool, typer.Option("--ids", help="a token a line, with its id")] = False,
+    packs: Annotated[
+        bool, typer.Option("--packs", help="what packing makes of all rows, instead of single ones")
+    ] = False,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="write a page with every token to be pointed at")
     ] = None,
@@ -40,6 +46,11 @@ def show(
     if html is not None and html.exists() and not yes:
         raise UsageError("is there already", where=str(html), help="--yes replaces it")
     loaded = load_recipe(recipe, overrides or [])
+    if packs:
+        if row or ids or html:
+            raise UsageError("--packs tells of all rows, and goes with --json alone")
+        _show_packs(loaded, as_json)
+        return
     shown = preview_rows(loaded, rows, new_console(stderr=True).print, row or ())
     if html is not None:
         from myna.preview_page import preview_page
@@ -58,3 +69,14 @@ def show(
         console.print(one.as_tokens() if ids else one.as_text(), soft_wrap=True)
         console.print(one.summary, style="dim", markup=False, highlight=False, soft_wrap=True)
         console.print()
+
+
+def _show_packs(recipe: Recipe, as_json: bool) -> None:
+    from myna.prepare import plan_rows
+
+    facts = plan_rows(recipe, new_console(stderr=True).print)
+    if as_json:
+        print_json({"packs": facts.as_json()})
+        return
+    for sentence in facts.sentences():
+        new_console().print(sentence, highlight=False, soft_wrap=True)

@@ -20,7 +20,8 @@ import torch
 from myna.adapters.files import save_adapter
 from myna.adapters.methods import add_adapter, trainable_parameters
 from myna.checkpoint import collect_state, load_newest, restore_state, save_checkpoint
-from myna.data.packing import Batch, collate, num_steps_an_epoch, plan_packs
+from myna.data.epochs import lengths_at_most, rows_an_epoch
+from myna.data.packing import Batch, Step, collate, num_steps_an_epoch
 from myna.data.render import Example
 from myna.engine.estimate import BaseShape, base_shape, kept_input_bytes
 from myna.engine.finite import all_finite, rows_at_fault
@@ -41,6 +42,7 @@ from myna.errors import CheckFailed, Interrupted
 from myna.metrics import StepReport, append_metrics, cut_metrics
 from myna.model.load import load_base
 from myna.model.sources import Say
+from myna.pack_facts import epoch_packs
 from myna.plan import FrozenPlan, longest_pack, planned_kernels
 from myna.prepare import Prepared
 from myna.run import Run, require_room
@@ -163,7 +165,7 @@ def _input_place(prepared: Prepared, shape: BaseShape) -> InputPlace:
     """Where checkpointed layers' inputs are kept. MachineError where that is a disk without room for the longest pack's."""
     plan, run = prepared.plan, prepared.run
     if plan.checkpoint_to == "disk":
-        lengths = [len(example.input_ids_T) for example in prepared.examples]
+        lengths = lengths_at_most([len(example.input_ids_T) for example in prepared.examples], prepared.parts)
         batch_size = prepared.recipe.train.batch_size
         tokens = longest_pack(lengths, batch_size, plan.pack_tokens, padded=False)
         layers = plan.checkpoint_layers
@@ -192,18 +194,12 @@ def _steps(prepared: Prepared, first: int) -> Iterator[tuple[int, int, Packs]]:
     """(step, epoch, the step's rows by pack) from step `first` to the last: a pure function of recipe, plan and rows."""
     plan, settings, examples = prepared.plan, prepared.recipe.train, prepared.examples
     lengths = [len(example.input_ids_T) for example in examples]
-    steps_an_epoch = num_steps_an_epoch(len(lengths), settings.batch_size)
-    epoch, planned = -1, plan_packs([], seed=0, epoch=0, batch_size=1, pack_tokens=1)
+    steps_an_epoch = num_steps_an_epoch(rows_an_epoch(prepared.parts), settings.batch_size)
+    epoch, planned = -1, list[Step]()
     for step in range(first, plan.num_steps + 1):
         if (step - 1) // steps_an_epoch != epoch:
             epoch = (step - 1) // steps_an_epoch
-            planned = plan_packs(
-                lengths,
-                seed=settings.seed,
-                epoch=epoch,
-                batch_size=settings.batch_size,
-                pack_tokens=plan.pack_tokens,
-            )
+            planned = epoch_packs(lengths, prepared.parts, settings, plan, epoch=epoch)
         packs = planned[(step - 1) % steps_an_epoch]
         yield step, epoch, [[examples[row] for row in pack] for pack in packs]
 

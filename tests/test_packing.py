@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from myna.data.epochs import Order, Part
 from myna.data.packing import Batch, Segment, collate, num_steps_an_epoch, plan_packs
 from myna.data.render import IGNORE, Example
 from myna.engine.step import KernelsName, make_stepper
@@ -31,6 +32,44 @@ def test_the_plan_is_a_pure_function() -> None:
     assert plan[0] == plan[1] != plan[2]
     other = plan_packs([5] * 40, seed=2, epoch=0, batch_size=4, pack_tokens=99)
     assert other != plan[0]
+
+
+FEW = [1 + (7 * row) % 19 for row in range(10)]
+
+
+def test_the_plans_of_before_there_were_orders_and_weights_are_as_they_were() -> None:
+    """Frozen from the version without them: a resumed run must find its rows in the steps where they were."""
+    first, second = (plan_packs(FEW, seed=3, epoch=epoch, batch_size=4, pack_tokens=30) for epoch in (0, 1))
+    assert first == [((2, 9, 6, 0),), ((5, 7), (4, 1)), ((8, 3),)]
+    assert second == [((8, 4), (2, 1)), ((5, 7, 0), (9,)), ((6, 3),)]
+
+
+def test_the_orders_of_an_epoch_are_frozen() -> None:
+    def steps(order: Order, epoch: int) -> list[list[int]]:
+        planned = plan_packs(
+            FEW,
+            seed=3,
+            epoch=epoch,
+            batch_size=4,
+            pack_tokens=30,
+            parts=(Part(6, 1.5), Part(4, 0.5)),
+            order=order,
+        )
+        return [sorted(row for pack in step for row in pack) for step in planned]
+
+    assert FEW == [1, 8, 15, 3, 10, 17, 5, 12, 19, 7]
+    assert [steps("file", epoch) for epoch in (0, 1)] == [
+        [[0, 1, 2, 2], [3, 4, 4, 5], [5, 6, 7]],
+        [[0, 0, 1, 1], [2, 3, 3, 4], [5, 8, 9]],
+    ]
+    assert [steps("length", epoch) for epoch in (0, 1)] == [
+        [[0, 1, 3, 6], [2, 4, 4, 7], [2, 5, 5]],
+        [[0, 0, 3, 3], [1, 1, 4, 9], [2, 5, 8]],
+    ]
+    assert [steps("shuffled", epoch) for epoch in (0, 1)] == [
+        [[0, 2, 5, 6], [1, 3, 4, 7], [2, 4, 5]],
+        [[0, 2, 4, 9], [0, 1, 3, 8], [1, 3, 5]],
+    ]
 
 
 def test_a_batch_literally() -> None:

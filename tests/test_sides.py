@@ -34,6 +34,10 @@ def orders(num_rows: int, start: int = 0, **more: Any) -> Rows:
     return [{**row, **more} for row in tiny.rows(num_rows, start)]
 
 
+def sizes(found: Sides) -> list[int]:
+    return [len(found.train[0].rows), len(found.validation), len(found.test)]
+
+
 def prompts(rows: Any) -> set[str]:
     return {row.messages[-2].content for row in rows}
 
@@ -43,8 +47,8 @@ def test_given_files_share_no_prompt_and_the_one_that_learns_gives_way(tmp_path:
     validation = tiny.write_rows(tmp_path / "validation.jsonl", orders(10, start=5))
     said: list[str] = []
     found = sides(tmp_path, orders(40), said, test=str(test), validation=str(validation))
-    assert [len(side) for side in (found.train, found.validation, found.test)] == [25, 5, 10]
-    assert not prompts(found.train) & (prompts(found.validation) | prompts(found.test))
+    assert sizes(found) == [25, 5, 10]
+    assert not prompts(found.train[0].rows) & (prompts(found.validation) | prompts(found.test))
     assert said[-3:] == [
         "5 validation rows were left out: their prompts stand in test.jsonl too",
         "10 training rows were left out: their prompts stand in test.jsonl too",
@@ -55,18 +59,18 @@ def test_given_files_share_no_prompt_and_the_one_that_learns_gives_way(tmp_path:
 def test_a_part_is_held_out_for_what_is_not_given(tmp_path: Path) -> None:
     validation = tiny.write_rows(tmp_path / "validation.jsonl", orders(10))
     found = sides(tmp_path, orders(60), validation=str(validation))
-    assert [len(side) for side in (found.train, found.validation, found.test)] == [45, 10, 5]
+    assert sizes(found) == [45, 10, 5]
     test = tiny.write_rows(tmp_path / "test.jsonl", orders(10))
     found = sides(tmp_path, orders(60), test=str(test), validation_fraction=0.2)
-    assert [len(side) for side in (found.train, found.validation, found.test)] == [40, 10, 10]
+    assert sizes(found) == [40, 10, 10]
 
 
 def test_groups_come_from_a_key_of_the_rows(tmp_path: Path) -> None:
     rows = [{**row, "customer": n % 9} for n, row in enumerate(orders(90))]
     said: list[str] = []
     found = sides(tmp_path, rows, said, group_by="customer", test_fraction=0.2, system="Be brief.")
-    assert not {row.group for row in found.train} & {row.group for row in found.test}
-    assert {row.group for row in found.train + found.test} == {str(n) for n in range(9)}
+    assert not {row.group for row in found.train[0].rows} & {row.group for row in found.test}
+    assert {row.group for row in found.train[0].rows + found.test} == {str(n) for n in range(9)}
     assert "ignored" not in said[0] and said[1].endswith("(data.test_fraction, by customer)")
     last = sides(tmp_path, rows, group_by="customer", test_fraction=0.2, train_on="last")
     assert prompts(last.test) == prompts(found.test)
@@ -80,13 +84,15 @@ def test_a_row_without_its_group_is_a_fault_with_the_nearest_key(tmp_path: Path)
     assert "D012] " in message and "rows.jsonl:10: `customer` (data.group_by) is missing" in message
     assert "--set data.group_by=costumer" in message
     assert "rows.jsonl:11: `customer` (data.group_by) is empty" in message
-    assert len(sides(tmp_path, rows, group_by="customer", on_bad_row="skip", test_fraction=0).train) == 9
+    assert (
+        len(sides(tmp_path, rows, group_by="customer", on_bad_row="skip", test_fraction=0).train[0].rows) == 9
+    )
 
 
 def test_questions_about_one_text_stay_together(tmp_path: Path) -> None:
     rows = [{"context": f"text {n // 5}", "question": f"q{n}", "answer": f"a{n}"} for n in range(50)]
     found = sides(tmp_path, rows, group_by="context", test_fraction=0.2)
-    assert {row.group for row in found.test}.isdisjoint({row.group for row in found.train})
+    assert {row.group for row in found.test}.isdisjoint({row.group for row in found.train[0].rows})
     assert len(found.test) == 10
 
 

@@ -21,6 +21,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from myna.data.epochs import Order, Part, epoch_rows
 from myna.data.render import IGNORE, Example
 
 Pack = tuple[int, ...]
@@ -67,17 +68,25 @@ def num_steps_an_epoch(num_rows: int, batch_size: int) -> int:
 
 
 def plan_packs(
-    lengths: Sequence[int], *, seed: int, epoch: int, batch_size: int, pack_tokens: int
+    lengths: Sequence[int],
+    *,
+    seed: int,
+    epoch: int,
+    batch_size: int,
+    pack_tokens: int,
+    parts: Sequence[Part] = (),
+    order: Order = "shuffled",
 ) -> list[Step]:
     """The steps of one epoch: rows in an order drawn from (seed, epoch), `batch_size` a step, cut into packs.
 
-    A pure function: the same arguments give the same plan, so a position in the data is (epoch, step).
+    A pure function: the same arguments give the same plan, so a position in the data is (epoch, step). `parts` are the
+    files that the rows are of, where they are several; `order` is another than a shuffled one.
     A pack holds at most `pack_tokens` tokens, or one row that alone is longer.
     """
-    order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
+    every = epoch_rows(lengths, parts or (Part(len(lengths)),), seed=seed, epoch=epoch, order=order)
     steps = []
-    for start in range(0, len(order), batch_size):
-        rows = [int(row) for row in order[start : start + batch_size]]
+    for start in range(0, len(every), batch_size):
+        rows = [int(row) for row in every[start : start + batch_size]]
         steps.append(_fill_packs(rows, lengths, pack_tokens))
     return steps
 

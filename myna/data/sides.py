@@ -15,7 +15,7 @@ from myna.data.conversation import Conversation
 from myna.data.rows import LoadedRows, load_rows
 from myna.data.split import drop_overlap, split_rows
 from myna.errors import DataError
-from myna.recipe import DataSettings, Recipe
+from myna.recipe import DataSettings, MixedRows, Recipe
 
 Say = Callable[[str], None]
 # What run.json has of runs whose sides are kept apart after the system text is there, and not before.
@@ -23,19 +23,48 @@ SIDES_VERSION = 2
 
 
 @dataclass(frozen=True)
-class Sides:
-    """The rows of each side, with the recipe's system text, and what was found out about each file by its setting."""
+class Learnt:
+    """The training rows of one file, and how often each is seen an epoch."""
 
-    train: tuple[Conversation, ...]
+    path: str
+    rows: tuple[Conversation, ...]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The rows of each side, with their system text, and what was found out about each file by its setting.
+
+    `train` are those of data.train first, then those of each file of data.mix.
+    """
+
+    train: tuple[Learnt, ...]
     validation: tuple[Conversation, ...]
     test: tuple[Conversation, ...]
     loaded: Mapping[str, LoadedRows]
 
 
-def row_paths(data: DataSettings) -> dict[str, str]:
-    """Everything that a recipe reads rows from, by the name of its setting."""
+def row_files(data: DataSettings) -> dict[str, tuple[str, DataSettings]]:
+    """Everything that a recipe reads rows from, by the name of its setting, and how each is read."""
     paths = {"train": data.train, "validation": data.validation, "test": data.test}
-    return {name: path for name, path in paths.items() if path}
+    files = {name: (path, data) for name, path in paths.items() if path}
+    for number, one in enumerate(data.mix, start=1):
+        own = {"format": one.format, "columns": one.columns, "system": one.system}
+        files[f"mix.{number}"] = (one.train, data.model_copy(update=own))
+    return files
+
+
+def row_paths(data: DataSettings) -> list[str]:
+    return [path for path, _ in row_files(data).values()]
+
+
+def absolute(data: DataSettings) -> DataSettings:
+    """The same with whole paths."""
+    whole = {
+        name: str(Path(path).resolve()) for name, (path, _) in row_files(data).items() if "." not in name
+    }
+    mix = [one.model_copy(update={"train": str(Path(one.train).resolve())}) for one in data.mix]
+    return data.model_copy(update={**whole, "mix": mix})
 
 
 def read_sides(recipe: Recipe, known: Mapping[str, Any] | None, say: Say) -> Sides:
@@ -45,11 +74,12 @@ def read_sides(recipe: Recipe, known: Mapping[str, Any] | None, say: Say) -> Sid
     """
     data = recipe.data
     before = known.get("data", {}) if known else {}
+    limits = {
+        name: None if name in ("validation", "test") else recipe.train.max_rows for name in row_files(data)
+    }
     loaded = {
-        name: load_rows(
-            path, data, max_rows=recipe.train.max_rows if name == "train" else None, known=before.get(name)
-        )
-        for name, path in row_paths(data).items()
+        name: load_rows(path, settings, max_rows=limits[name], known=before.get(name))
+        for name, (path, settings) in row_files(data).items()
     }
     for rows in loaded.values():
         for sentence in rows.said:
@@ -66,7 +96,20 @@ def read_sides(recipe: Recipe, known: Mapping[str, Any] | None, say: Say) -> Sid
         )
     sides["test"] = asked
     of_all = {name: tuple(one.with_system(data.system) for one in rows) for name, rows in sides.items()}
-    return Sides(of_all["train"], of_all["validation"], of_all["test"], loaded)
+    held_out = (*of_all["validation"], *of_all["test"])
+    mixed = [_mixed(one, loaded[f"mix.{n}"], held_out, say) for n, one in enumerate(data.mix, start=1)]
+    return Sides((Learnt(data.train, of_all["train"]), *mixed), of_all["validation"], of_all["test"], loaded)
+
+
+def _mixed(one: MixedRows, loaded: LoadedRows, held_out: Sequence[Conversation], say: Say) -> Learnt:
+    """The rows of a file of data.mix, without those whose prompt or group is held out."""
+    with_system = tuple(row.with_system(one.system) for row in loaded.conversations)
+    rows, num_dropped = drop_overlap(with_system, held_out)
+    if num_dropped:
+        say(f"{num_dropped} rows of {_name(one.train)} were left out: their prompts are held out")
+    if not rows:
+        raise DataError("no row is left to train on: all are held out", where=one.train)
+    return Learnt(one.train, rows, one.weight)
 
 
 def _apart(

@@ -30,6 +30,7 @@ def model_card(run: Run, recipe: Recipe) -> str:
 def _trained(info: Mapping[str, Any], recipe: Recipe) -> str:
     adapter, train = recipe.adapter, recipe.train
     steps = info["stages"].get("train", {}).get("steps", 0)
+    learnt = sum(file["rows"] for name, file in info["data"].items() if name not in ("test", "validation"))
     of = {"test": "held_out_rows", "validation": "validation_rows"}
     within = sum(
         info.get(key, 0) for name, key in of.items() if name not in info["data"]
@@ -37,7 +38,7 @@ def _trained(info: Mapping[str, Any], recipe: Recipe) -> str:
     return (
         f"A {adapter.method} adapter (r {adapter.r}, alpha {adapter.alpha:g}) on `{info['base']['name']}`, "
         f"trained with Myna {info['versions']['myna']} for {steps} steps of {train.batch_size} rows "
-        f"out of {info['data']['train']['rows'] - within}, learning rate {train.learning_rate:g}."
+        f"out of {learnt - within}, learning rate {train.learning_rate:g}."
     )
 
 
