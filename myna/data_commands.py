@@ -6,12 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from myna.errors import DataError, UsageError
 from myna.terminal import AsJson, new_console, print_json
+
+if TYPE_CHECKING:
+    from myna.recipe import DataSettings
 
 
 class BadRow(StrEnum):
@@ -52,13 +55,21 @@ def check(
     rows, test, wanted, settings = _settings(path, overrides)
     on_bad_row = on_bad_row or wanted
     keep = on_bad_row == BadRow.quarantine
-    review = review_rows(rows, test=test, private=private, near=near, keep_faults=keep, **settings)
-    kept = _quarantine(review.faults, Path(_stem(rows)), on_bad_row)
+    files = {"train": (rows, settings)} | _other_files(path, overrides)
+    reviews, kept = {}, {}
+    for name, (file, own) in files.items():
+        reviews[name] = review = review_rows(
+            file, test=test, private=private, near=near, keep_faults=keep, **own
+        )
+        kept[name] = _quarantine(review.faults, Path(_stem(file)), on_bad_row)
+        if not as_json:
+            if len(files) > 1:
+                new_console().print(f"data.{name} {file}", style="bold", markup=False, highlight=False)
+            _print(review, kept[name])
     if as_json:
-        print_json(review.as_json() | {"quarantine": kept})
-    else:
-        _print(review, kept)
-    if review.num_errors and (on_bad_row == BadRow.fail or not review.usable):
+        told = {name: review.as_json() | {"quarantine": kept[name]} for name, review in reviews.items()}
+        print_json(told.pop("train") | ({"others": told} if told else {}))
+    if any(one.num_errors and (on_bad_row == BadRow.fail or not one.usable) for one in reviews.values()):
         raise typer.Exit(DataError.exit_code)
 
 
@@ -126,16 +137,33 @@ def _kept_in(kept: str | None) -> str:
 
 def _settings(path: str, overrides: list[str] | None) -> tuple[Path, Path | None, BadRow, Mapping[str, Any]]:
     """The rows, the test rows where a recipe names them, what becomes of faulty ones, and how they are read."""
-    from myna.data.rows import reading_of
+    data = _data(path, overrides)
+    test = Path(data.test) if data.test else None
+    return Path(data.train), test, BadRow(data.on_bad_row), _reading(data)
+
+
+def _other_files(path: str, overrides: list[str] | None) -> dict[str, tuple[Path, Mapping[str, Any]]]:
+    """What a recipe reads besides its training and test rows, and how each is read, by the name of its setting."""
+    from myna.data.sides import row_files
+
+    files = row_files(_data(path, overrides)).items()
+    return {
+        name: (Path(file), _reading(data)) for name, (file, data) in files if name not in ("train", "test")
+    }
+
+
+def _data(path: str, overrides: list[str] | None) -> DataSettings:
     from myna.recipe import build_recipe, load_recipe
 
     if Path(path).suffix.lower() in (".yaml", ".yml"):
-        data = load_recipe(Path(path), overrides or []).data
-    else:
-        data = build_recipe({"data": {"train": path}}, overrides or []).data
-    settings = {"format_name": data.format, "columns": data.columns, "reading": reading_of(data)}
-    test = Path(data.test) if data.test else None
-    return Path(data.train), test, BadRow(data.on_bad_row), settings
+        return load_recipe(Path(path), overrides or []).data
+    return build_recipe({"data": {"train": path}}, overrides or []).data
+
+
+def _reading(data: DataSettings) -> Mapping[str, Any]:
+    from myna.data.rows import reading_of
+
+    return {"format_name": data.format, "columns": data.columns, "reading": reading_of(data)}
 
 
 def _print(review: Any, kept: str | None) -> None:

@@ -15,6 +15,7 @@ from myna.data.check import shown
 from myna.data.conversation import Conversation, Place
 from myna.data.render import IGNORE, ChatTokenizer, Example, load_chat_tokenizer, render_example
 from myna.data.rows import load_rows, read_conversations, reading_of
+from myna.data.sides import row_files
 from myna.errors import DataError, UsageError
 from myna.model.sources import resolve_base
 from myna.prepare import DEFAULT_MAX_LENGTH
@@ -89,8 +90,8 @@ def preview_rows(
 ) -> list[ShownRow]:
     """The first rows of data.train, or those that `chosen` names, rendered by the one function that training renders with.
 
-    A row is named by its number (from 1, faulty ones not counted) or by its place as errors tell it: `orders.jsonl:17`,
-    `orders.json: row 17`; of a place with several conversations the first `num_rows` are shown. DataError where there is no
+    A row is named by its number in data.train (from 1, faulty ones not counted), or by its place in any file of the recipe, as
+    errors tell it: `orders.jsonl:17`, `orders.json: row 17`; of a place with several conversations the first `num_rows` are shown. DataError where there is no
     such row, or where it is faulty.
     """
     data = recipe.data
@@ -101,16 +102,13 @@ def preview_rows(
     )
     tokenizer = load_chat_tokenizer(resolve_base(recipe.model.base, say).folder)
     max_length = data.max_length or DEFAULT_MAX_LENGTH
-    return [
-        shown_row(render_example(one.with_system(data.system), tokenizer, max_length), tokenizer)
-        for one in found
-    ]
+    return [shown_row(render_example(one, tokenizer, max_length), tokenizer) for one in found]
 
 
 def _first(data: DataSettings, num_rows: int, say: Callable[[str], None]) -> list[Conversation]:
     loaded = load_rows(data.train, data, max_rows=num_rows)
     say(f"{Path(data.train).name}: {loaded.format_name}, the first {loaded.num_rows} rows")
-    return list(loaded.conversations)
+    return [one.with_system(data.system) for one in loaded.conversations]
 
 
 def _chosen(data: DataSettings, name: str, num_rows: int) -> list[Conversation]:
@@ -122,20 +120,30 @@ def _chosen(data: DataSettings, name: str, num_rows: int) -> list[Conversation]:
         raise UsageError(
             f"--row {name}: neither a number from 1 nor a place", help="--row 17, or --row orders.jsonl:17"
         )
-    line, path = int(named["line"]), named["path"]
+    for path, settings in row_files(data).values():
+        there = _placed(path, settings, named["path"], int(named["line"]), named["part"])
+        if there:
+            return [one.with_system(settings.system) for one in there[:num_rows]]
+    raise DataError(
+        f"there is no row at {name}",
+        where=data.train,
+        help="--row NUMBER counts rows from 1, whatever lines they stand on",
+    )
+
+
+def _placed(
+    source: str, settings: DataSettings, path: str, line: int, part: str | None
+) -> list[Conversation]:
+    """The conversations at a place among the rows of `source`; its fault is raised where they are none."""
+    one_file = Path(source).is_file()
+    if one_file and not _is_at(Place(source, line), path, line, None):
+        return []
     # no row stands before the line of its number; of several files each has a line of that number
-    found, faults = _read(data, line if Path(data.train).is_file() else None)
+    found, faults = _read(settings.model_copy(update={"train": source}), line if one_file else None)
     for fault in faults:
-        if isinstance(fault.place, Place) and _is_at(fault.place, path, line, named["part"]):
+        if isinstance(fault.place, Place) and _is_at(fault.place, path, line, part):
             raise fault
-    there = [one for one in found if one.place and _is_at(one.place, path, line, named["part"])]
-    if not there:
-        raise DataError(
-            f"there is no row at {name}",
-            where=data.train,
-            help="--row NUMBER counts rows from 1, whatever lines they stand on",
-        )
-    return there[:num_rows]
+    return [one for one in found if one.place and _is_at(one.place, path, line, part)]
 
 
 def _numbered(data: DataSettings, number: int) -> Conversation:
@@ -144,7 +152,7 @@ def _numbered(data: DataSettings, number: int) -> Conversation:
         found, faults = _read(data, None)
     if len(found) < number:
         raise DataError(f"there is no row {number}: there are {len(found)}", where=data.train)
-    return found[number - 1]
+    return found[number - 1].with_system(data.system)
 
 
 def _read(data: DataSettings, max_rows: int | None) -> tuple[Sequence[Conversation], Sequence[DataError]]:

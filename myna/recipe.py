@@ -63,6 +63,7 @@ class MixedRows(Section):
     format: str = "auto"
     columns: dict[str, str] = Field(default_factory=dict)
     system: str | None = None
+    group_by: PathText | None = None
 
 
 class DataSettings(Section):
@@ -74,7 +75,7 @@ class DataSettings(Section):
     mix: list[MixedRows] = Field(
         default_factory=list,
         description="rows of other files beside them: {train: FILE, weight: 0.5} has half of them an epoch; "
-        "format, columns and system are a file's own",
+        "format, columns, system and group_by are a file's own",
     )
     validation: PathText | None = Field(
         None, description="rows whose loss is taken at every checkpoint; default: a part of data.train"

@@ -92,7 +92,7 @@ def train(prepared: Prepared, say: Say, stop_asked: StopAsked = lambda: None) ->
         try_pack(_largest_pack(prepared, first), stepper, adapter, plan, say)
         freed.give_back_excess()
     with collector_at_rest(), room_required(plan):
-        for step, epoch, packs in _steps(prepared, first):
+        for step, epoch, packs in planned_steps(prepared, first):
             started = time.perf_counter()
             rate = lr_at(step, plan.num_steps, settings)
             batches = _collate(prepared, step, packs)
@@ -176,13 +176,13 @@ def _input_place(prepared: Prepared, shape: BaseShape) -> InputPlace:
 
 def _first_pack(prepared: Prepared) -> Batch:
     """The first pack of the run's first step, whichever step it goes on from: int8 is made to fit it."""
-    _, _, packs = next(_steps(prepared, 1))
+    _, _, packs = next(planned_steps(prepared, 1))
     return collate(packs[0], share=True)
 
 
 def _largest_pack(prepared: Prepared, first: int) -> Batch:
     """Of the packs from step `first` on, the one that takes the most memory."""
-    packs = ((step, pack) for step, _, packs in _steps(prepared, first) for pack in packs)
+    packs = ((step, pack) for step, _, packs in planned_steps(prepared, first) for pack in packs)
     return largest_pack(
         packs,
         lambda step, pack: _collate(prepared, step, [list(pack)])[0],
@@ -190,7 +190,7 @@ def _largest_pack(prepared: Prepared, first: int) -> Batch:
     )
 
 
-def _steps(prepared: Prepared, first: int) -> Iterator[tuple[int, int, Packs]]:
+def planned_steps(prepared: Prepared, first: int) -> Iterator[tuple[int, int, Packs]]:
     """(step, epoch, the step's rows by pack) from step `first` to the last: a pure function of recipe, plan and rows."""
     plan, settings, examples = prepared.plan, prepared.recipe.train, prepared.examples
     lengths = [len(example.input_ids_T) for example in examples]

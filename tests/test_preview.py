@@ -98,6 +98,19 @@ def test_a_row_of_a_list_and_of_a_folder(folder: Path) -> None:
     ]
 
 
+def test_a_row_of_any_file_of_the_recipe(folder: Path) -> None:
+    tiny.write_rows(folder / "test.jsonl", tiny.rows(4, start=90))
+    (folder / "chat.csv").write_text("question,says\nhello,hi\n", encoding="utf-8")
+    tree = json.loads((folder / "recipe.yaml").read_text())
+    mix = [{"train": str(folder / "chat.csv"), "columns": {"completion": "says"}, "system": "Be kind."}]
+    tree["data"] |= {"test": str(folder / "test.jsonl"), "mix": mix, "system": "As JSON."}
+    names = ("chat.csv:2", "test.jsonl:3", "orders.jsonl:3")
+    rows = preview_rows(build_recipe(tree), 3, lambda _: None, names)
+    assert [Path(row.place).name for row in rows] == list(names)
+    assert ["Be kind." in row.pieces[0][0] for row in rows] == [True, False, False]
+    assert ["As JSON." in row.pieces[0][0] for row in rows] == [False, True, True]
+
+
 def test_the_conversations_of_one_row(folder: Path) -> None:
     questions = [{"id": f"q{n}", "question": f"what {n}?", "answers": [{"text": str(n)}]} for n in range(5)]
     article = {"title": "t", "paragraphs": [{"context": "c", "qas": questions}]}

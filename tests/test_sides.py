@@ -194,10 +194,11 @@ def stop_after(step: int, seen: list[int]) -> None:
 def test_another_validation_file_is_another_run(recipe: Recipe, tmp_path: Path) -> None:
     given = tiny.write_rows(tmp_path / "v.jsonl", tiny.rows(6, start=100))
     recipe = changed(recipe, "data", validation=str(given))
-    run = train_stage(recipe)
+    run = run_of(recipe)
+    prepare(recipe, run, print)
     tiny.write_rows(given, tiny.rows(7, start=100))
     with pytest.raises(RecipeError, match=r"the file data\.validation changed"):
-        train_stage(recipe, resume=True)
+        prepare(recipe, run, print)
     verdicts = {f.name.split()[0]: f.verdict for f in verify_run(run) if f.name.startswith("data.")}
     assert verdicts == {"data.train": "pass", "data.validation": "fail"}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from myna.data.conversation import Conversation
 from myna.data.rows import LoadedRows, load_rows
-from myna.data.split import drop_overlap, split_rows
+from myna.data.split import drop_asked, drop_overlap, split_rows
 from myna.errors import DataError
 from myna.recipe import DataSettings, MixedRows, Recipe
 
@@ -49,7 +49,12 @@ def row_files(data: DataSettings) -> dict[str, tuple[str, DataSettings]]:
     paths = {"train": data.train, "validation": data.validation, "test": data.test}
     files = {name: (path, data) for name, path in paths.items() if path}
     for number, one in enumerate(data.mix, start=1):
-        own = {"format": one.format, "columns": one.columns, "system": one.system}
+        own = {
+            "format": one.format,
+            "columns": one.columns,
+            "system": one.system,
+            "group_by": one.group_by,
+        }
         files[f"mix.{number}"] = (one.train, data.model_copy(update=own))
     return files
 
@@ -104,7 +109,7 @@ def read_sides(recipe: Recipe, known: Mapping[str, Any] | None, say: Say) -> Sid
 def _mixed(one: MixedRows, loaded: LoadedRows, held_out: Sequence[Conversation], say: Say) -> Learnt:
     """The rows of a file of data.mix, without those whose prompt or group is held out."""
     with_system = tuple(row.with_system(one.system) for row in loaded.conversations)
-    rows, num_dropped = drop_overlap(with_system, held_out)
+    rows, num_dropped = drop_asked(with_system, held_out)
     if num_dropped:
         say(f"{num_dropped} rows of {_name(one.train)} were left out: their prompts are held out")
     if not rows:

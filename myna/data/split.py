@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from myna.data.check import fault
 from myna.data.conversation import Conversation
 from myna.errors import DataError
@@ -84,6 +86,20 @@ def drop_overlap(
     elsewhere = {key for conversation in others for key in _keys(conversation, 0, system)}
     kept = tuple(one for one in rows if elsewhere.isdisjoint(_keys(one, 0, system)))
     return kept, len(rows) - len(kept)
+
+
+def drop_asked(
+    rows: Sequence[Conversation], others: Sequence[Conversation]
+) -> tuple[tuple[Conversation, ...], int]:
+    """As `drop_overlap`, whatever the system texts: for rows of files that have system texts of their own."""
+    elsewhere = {key for conversation in others for key in _keys(_without_system(conversation), 0, None)}
+    kept = tuple(one for one in rows if elsewhere.isdisjoint(_keys(_without_system(one), 0, None)))
+    return kept, len(rows) - len(kept)
+
+
+def _without_system(conversation: Conversation) -> Conversation:
+    messages = tuple(message for message in conversation.messages if message.role != "system")
+    return replace(conversation, messages=messages)
 
 
 def _keys(conversation: Conversation, seed: int, system: str | None) -> Iterator[str]:
