@@ -90,9 +90,9 @@ def preview_rows(
 ) -> list[ShownRow]:
     """The first rows of data.train, or those that `chosen` names, rendered by the one function that training renders with.
 
-    A row is named by its number in data.train (from 1, faulty ones not counted), or by its place in any file of the recipe, as
-    errors tell it: `orders.jsonl:17`, `orders.json: row 17`; of a place with several conversations the first `num_rows` are shown. DataError where there is no
-    such row, or where it is faulty.
+    A row is named by its number in data.train (from 1, faulty ones not counted), or by its place in any file of the
+    recipe, as errors tell it: `orders.jsonl:17`, `orders.json: row 17`; of a place with several conversations the first
+    `num_rows` are shown. DataError where there is no such row, or where it is faulty.
     """
     data = recipe.data
     found = (
