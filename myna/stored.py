@@ -112,9 +112,9 @@ def training_rows(run: Run, max_rows: int) -> tuple[Conversation, ...]:
     if not data.train:
         return ()
     loaded = load_rows(data.train, data, max_rows=max_rows, known=run.info()["data"].get("train"))
-    tested = {row.messages for row in (*held_out(run), *validation_rows(run))}
+    tested = {(row.messages, row.tools) for row in (*held_out(run), *validation_rows(run))}
     rows = (row.with_system(data.system) for row in loaded.conversations)
-    return tuple(row for row in rows if row.messages not in tested)
+    return tuple(row for row in rows if (row.messages, row.tools) not in tested)
 
 
 def require_model(run: Run) -> None:

@@ -28,6 +28,7 @@ CODES: Mapping[str, str] = {
     "D016": "turns out of order",
     "D017": "something not supported yet",
     "D018": "a pair that is none",
+    "D019": "a tool call that does not hold",
     "D020": "nothing left to train on",
     # rows that can be read and may still be wrong: warnings
     "D030": "a conversation twice",

@@ -12,7 +12,7 @@ from myna.data.check import fault, named, nearest, shown
 from myna.data.conversation import Row
 from myna.data.formats import FORMATS, format_named, keys_of, missing_key, required_keys, setting
 from myna.data.shapes import Format, Keys, always
-from myna.data.turns import TURN_KEYS
+from myna.data.turns import TURN_KEYS, unread_keys
 from myna.errors import DataError, RecipeError
 
 KNOWN_IN_TURNS = frozenset(TURN_KEYS)
@@ -69,7 +69,7 @@ class Group:
         for key, unread in self._listed.items():
             for turn in _turns_in(row.values[key]):
                 if not turn.keys() <= KNOWN_IN_TURNS and len(unread) < MOST_GROUPS:
-                    unread.update(dict.fromkeys(name for name in turn if name not in KNOWN_IN_TURNS))
+                    unread.update(dict.fromkeys(unread_keys(turn)))
 
     def num_fitting(self, shape: Format) -> int:
         return self.count if shape.fits is always else self.fitting.get(shape.name, 0)

@@ -61,6 +61,7 @@ def _has_one_prompt(row: Row, keys: Keys) -> bool:
 
 ANSWER_KEYS = ("completion", "answer", "response", "output")
 SYSTEM = Column("system", ("system",), required=False)
+TOOLS = Column("tools", ("tools", "functions"), required=False)
 
 # Where two shapes fit a file equally well, the earlier line is taken.
 FORMATS: tuple[Format, ...] = (
@@ -105,14 +106,14 @@ FORMATS: tuple[Format, ...] = (
         "messages",
         "OpenAI messages",
         '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}',
-        (Column("messages", ("messages",)), SYSTEM),
+        (Column("messages", ("messages",)), SYSTEM, TOOLS),
         single(_read_messages),
     ),
     Format(
         "sharegpt",
         "ShareGPT",
         '{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}, or texts in turn (LIMA)',
-        (Column("conversations", ("conversations",)), SYSTEM),
+        (Column("conversations", ("conversations",)), SYSTEM, TOOLS),
         single(_read_conversations),
     ),
     Format(

@@ -29,7 +29,7 @@ def read_preference(row: Row, keys: Keys) -> tuple[Message, ...]:
     if chosen[:-1] != rejected[:-1]:
         message = f"`{keys['chosen']}` and `{keys['rejected']}` answer different prompts"
         raise fault("D018", message, where=row.place, help="a pair is two answers to one prompt")
-    if chosen[-1].content == rejected[-1].content:
+    if chosen[-1].text == rejected[-1].text:
         message = f"`{keys['chosen']}` and `{keys['rejected']}` are the same answer"
         raise fault("D018", message, where=row.place, help="take the row out: there is nothing to prefer")
     return chosen

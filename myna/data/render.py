@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from myna.data.apart import Apart, AsWritten, respell
 from myna.data.control import TALK, ControlTokens, Given, control_tokens, neutral
 from myna.data.conversation import Conversation, Message, Place
+from myna.data.lost_tools import refuse_lost_tools
 from myna.data.pieces import IGNORE as IGNORE  # noqa: PLC0414 (others take it from here)
 from myna.data.pieces import IntArray, pieces_of
 from myna.data.template import PLAIN_TEMPLATE, compile_template, plain_template, read_template
@@ -230,8 +231,10 @@ def render_example(conversation: Conversation, tokenizer: ChatTokenizer, max_len
     """A training row: assistant turns trained, each up to and with its stop token; the rest masked.
 
     Longer than `max_length` tokens is cut at the end, and `num_cut` says by how many.
-    Raises DataError where an assistant turn would end without a stop token.
+    Raises DataError where an assistant turn would end without a stop token, ModelError where the template drops tools.
     """
+    if conversation.uses_tools:
+        refuse_lost_tools(conversation, tokenizer.render_text)
     ids_T, labels_T = render_pieces(conversation, tokenizer)
     num_cut = max(0, len(ids_T) - max_length)
     return Example(ids_T[:max_length], labels_T[:max_length], num_cut, conversation.place)
@@ -239,7 +242,7 @@ def render_example(conversation: Conversation, tokenizer: ChatTokenizer, max_len
 
 def given(conversation: Conversation) -> dict[str, Any]:
     """What a template is told of a conversation."""
-    return {"messages": conversation.as_dicts(), "tools": None}
+    return {"messages": conversation.as_dicts(), "tools": conversation.tool_dicts()}
 
 
 def render_pieces(

@@ -32,7 +32,7 @@ class Digests:
 
     def add(self, conversation: Conversation) -> None:
         messages = conversation.messages
-        prompt = hashlib.blake2b(written(messages[:-1]), digest_size=8).digest()
+        prompt = hashlib.blake2b(written(messages[:-1], conversation.tools), digest_size=8).digest()
         whole = hashlib.blake2b(written(messages[-1:]), digest_size=8, salt=prompt).digest()
         self._prompts.append(int.from_bytes(prompt, "little"))
         self._wholes.append(int.from_bytes(whole, "little"))
@@ -100,7 +100,7 @@ def _first_of(digests: Any, later: Any) -> Alike:
     return len(later), [(index, int(np.argmax(digests == digests[index]))) for index in shown]
 
 
-def written(messages: Sequence[Message]) -> bytes:
-    """The turns with their roles, as digests of them are taken of."""
-    text = "\x1e".join([f"{message.role}\x1f{message.content}" for message in messages])
+def written(messages: Sequence[Message], tools: Sequence[str] = ()) -> bytes:
+    """The turns with their roles and the tools, as digests of them are taken of; ids of calls say nothing."""
+    text = "\x1e".join([*(f"{message.role}\x1f{message.text}" for message in messages), *tools])
     return text.encode(errors="surrogatepass")

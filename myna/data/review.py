@@ -163,7 +163,7 @@ class _Checks:
 
     def take(self, conversation: Conversation) -> None:
         messages = conversation.messages
-        texts = [message.content for message in messages]
+        texts = [message.text for message in messages]
         text = "\n".join(texts)
         length = len(text) - len(texts) + 1
         self._lengths.append(min(length, LONGEST))
@@ -171,7 +171,7 @@ class _Checks:
         self._num_turns += len(messages)
         for message in messages:
             if message.role == "assistant" and message.trained:
-                self._answered += len(message.content)
+                self._answered += len(message.text)
         if length > self._most:
             self._most, self._longest = length, conversation
         for script in scripts_of(text):

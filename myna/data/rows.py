@@ -164,11 +164,12 @@ class _Lists:
 
 def as_row(conversation: Conversation) -> dict[str, list[dict[str, Any]]]:
     """The conversation as a `messages` row; read back it is the same conversation."""
-    turns: list[dict[str, Any]] = [dict(turn) for turn in conversation.as_dicts()]
+    turns = [message.as_dict(as_text=True) for message in conversation.messages]
     for turn, message in zip(turns, conversation.messages, strict=True):
         if not message.trained:
             turn["weight"] = 0
-    return {"messages": turns}
+    tools = conversation.tool_dicts()
+    return {"messages": turns, "tools": tools} if tools else {"messages": turns}
 
 
 def _left_out(faults: Sequence[DataError]) -> Iterator[str]:

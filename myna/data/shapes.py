@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from myna.data.check import fault, named, nearest, shown
 from myna.data.conversation import Conversation, Message, Row
+from myna.data.tools import read_tools, refuse_undescribed
 from myna.data.turns import is_plain_text, read_text
 from myna.errors import DataError
 
@@ -74,7 +75,9 @@ def single(read: Callable[[Row, Keys], tuple[Message, ...]]) -> Callable[[Row, K
 
     def read_one(row: Row, keys: Keys, reading: Reading) -> Made:
         try:
-            yield Conversation(read(row, keys), row.place)
+            messages = read(row, keys)
+            tools = _tools_of(row, keys, messages) if "tools" in keys else ()
+            yield Conversation(messages, row.place, tools)
         except DataError as error:
             yield error
 
@@ -95,6 +98,13 @@ def grouped(made: Made, row: Row, key: str) -> Made:
         return
     for one in made:
         yield one if isinstance(one, DataError) else replace(one, group=group)
+
+
+def _tools_of(row: Row, keys: Keys, messages: Sequence[Message]) -> tuple[str, ...]:
+    """The descriptions of the row's tools; none where the system text has them already, as Hermes' rows do."""
+    tools = read_tools(row.values.get(keys["tools"]), keys["tools"], row.place)
+    refuse_undescribed(messages, tools, row.place)
+    return () if messages[0].role == "system" and "<tools>" in messages[0].content else tools
 
 
 def text_of(row: Row, key: str) -> str:

@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -102,17 +103,30 @@ def _without_system(conversation: Conversation) -> Conversation:
     return replace(conversation, messages=messages)
 
 
+def _without_ids(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn without the ids of calls: they are drawn anew for each row, and say nothing."""
+    kept = {key: value for key, value in turn.items() if key not in ("tool_calls", "tool_call_id")}
+    if "tool_calls" in turn:
+        kept["tool_calls"] = [call["function"] for call in turn["tool_calls"]]
+    return kept
+
+
 def _keys(conversation: Conversation, seed: int, system: str | None) -> Iterator[str]:
     """What ties a row to others: its prompt, the prompt as `system` makes it, its group."""
-    yield _digest(seed, conversation.prompt().as_dicts())
+    yield _prompt_digest(conversation.prompt(), seed)
     if system:
-        yield _digest(seed, conversation.with_system(system).prompt().as_dicts())
+        yield _prompt_digest(conversation.with_system(system).prompt(), seed)
     if conversation.group is not None:
         yield _group_digest(conversation.group, seed)
 
 
-def _digest(seed: int, value: object) -> str:
-    return hashlib.sha256(json.dumps([seed, value]).encode()).hexdigest()
+def _prompt_digest(prompt: Conversation, seed: int) -> str:
+    turns = prompt.as_dicts() if not prompt.uses_tools else [_without_ids(turn) for turn in prompt.as_dicts()]
+    return _digest(seed, turns, *prompt.tools)
+
+
+def _digest(seed: int, *values: object) -> str:
+    return hashlib.sha256(json.dumps([seed, *values]).encode()).hexdigest()
 
 
 def _group_digest(group: str, seed: int) -> str:

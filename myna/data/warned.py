@@ -66,10 +66,10 @@ class Warnings:
         if self._near is not None:
             self._near.look(conversation)
         if len(self._answers) <= MOST_LABELS:
-            self._answers[hash(conversation.messages[-1].content)] += 1
+            self._answers[hash(conversation.messages[-1].text)] += 1
         warn, place = self._findings.warn, conversation.place
         if ("<" in text or "[" in text) and CONTROL.search(text):
-            role = next((m.role for m in conversation.messages if CONTROL.search(m.content)), "whole")
+            role = next((m.role for m in conversation.messages if CONTROL.search(m.text)), "whole")
             warn("D034", place, f"a {role} turn spells a control token of chat templates", SPELLED)
         if "\0" in text:
             warn("D037", place, "a turn holds the character NUL", "take it out: few tokenizers know it")
