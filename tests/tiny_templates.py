@@ -89,3 +89,66 @@ TEMPLATES: dict[str, str] = {
     "falcon": _FALCON,
     "gpt_neox": _FALCON.replace("Falcon: ", "Assistant: "),
 }
+
+# Tools as Hermes and Qwen write them: descriptions in the system turn, calls and results in tags, results of parallel calls
+# together in one user's turn.
+HERMES_TOOLS = """{%- if tools %}
+{{- '<|im_start|>system\\n' }}
+{%- if messages[0]['role'] == 'system' %}{{- messages[0]['content'] + '\\n\\n' }}{%- endif %}
+{{- 'You may call these functions:\\n<tools>' }}
+{%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}
+{{- '\\n</tools>\\nA call is one JSON object in tags:\\n<tool_call>\\n' }}
+{{- '{\\"name\\": ..., \\"arguments\\": {...}}\\n</tool_call><|im_end|>\\n' }}
+{%- elif messages[0]['role'] == 'system' %}
+{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+{%- if message['role'] == 'tool' %}
+{%- if loop.first or messages[loop.index0 - 1]['role'] != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}
+{{- '\\n<tool_response>\\n' + message['content'] + '\\n</tool_response>' }}
+{%- if loop.last or messages[loop.index0 + 1]['role'] != 'tool' %}{{- '<|im_end|>\\n' }}{%- endif %}
+{%- elif message['role'] == 'assistant' %}
+{{- '<|im_start|>assistant\\n' + message['content'] }}
+{%- for call in message['tool_calls'] or [] %}
+{%- if message['content'] or not loop.first %}{{- '\\n' }}{%- endif %}
+{{- '<tool_call>\\n{\\"name\\": ' + (call['function']['name'] | tojson) }}
+{{- ', \\"arguments\\": ' + (call['function']['arguments'] | tojson) + '}\\n</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- elif message['role'] == 'user' %}
+{{- '<|im_start|>user\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+# As Llama 3.1 writes them: descriptions before the first user's text, one call in a turn as bare JSON, results from ipython.
+# What is said beside a call is dropped there, as in the original.
+LLAMA31_TOOLS = """{{- bos_token }}
+{%- if not tools is defined %}{%- set tools = none %}{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+{%- set system = messages[0]['content'] | trim %}{%- set messages = messages[1:] %}
+{%- else %}{%- set system = '' %}{%- endif %}
+{{- '<|start_header_id|>system<|end_header_id|>\\n\\n' }}
+{%- if tools is not none %}{{- 'Environment: ipython\\n' }}{%- endif %}
+{{- system + '<|eot_id|>' }}
+{%- for message in messages %}
+{%- if message.role == 'tool' %}
+{{- '<|start_header_id|>ipython<|end_header_id|>\\n\\n' }}
+{%- if message.content is mapping or message.content is iterable %}{{- message.content | tojson }}
+{%- else %}{{- message.content }}{%- endif %}
+{{- '<|eot_id|>' }}
+{%- elif 'tool_calls' in message %}
+{%- if message.tool_calls | length != 1 %}{{- raise_exception('only single tool-calls are supported') }}{%- endif %}
+{%- set call = message.tool_calls[0].function %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n{\\"name\\": \\"' + call.name + '\\", \\"parameters\\": ' }}
+{{- call.arguments | tojson }}{{- '}<|eot_id|>' }}
+{%- else %}
+{{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' }}
+{%- if loop.first and tools is not none %}
+{{- 'Answer with a JSON function call where one helps.\\n\\n' }}
+{%- for tool in tools %}{{- tool | tojson(indent=4) }}{{- '\\n\\n' }}{%- endfor %}
+{%- endif %}
+{{- message.content | trim + '<|eot_id|>' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""

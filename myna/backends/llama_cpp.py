@@ -128,20 +128,14 @@ class LlamaCppBackend:
     def chat_prompt(self, conversation: Conversation, variables: Mapping[str, str]) -> tuple[str, list[int]]:
         """(text, ids) that llama.cpp's chat endpoint makes of messages, by its two halves: render, then tokenize."""
         child = self._child("generate")
-        messages = {"messages": conversation.as_dicts(), "chat_template_kwargs": dict(variables)}
-        text = str(child.post("/apply-template", messages)["prompt"])
+        text = str(child.post("/apply-template", _asked(conversation, variables))["prompt"])
         body = {"content": text, "add_special": True, "parse_special": True}
         return text, [int(i) for i in child.post("/tokenize", body)["tokens"]]
 
     def chat_prompt_tokens(self, conversation: Conversation, variables: Mapping[str, str]) -> int:
         """How many tokens the chat endpoint itself says it gave the model for messages."""
-        messages = {
-            "messages": conversation.as_dicts(),
-            "chat_template_kwargs": dict(variables),
-            "max_tokens": 1,
-            "temperature": 0,
-        }
-        answer = self._child("generate").post("/v1/chat/completions", messages)
+        asked = {**_asked(conversation, variables), "max_tokens": 1, "temperature": 0}
+        answer = self._child("generate").post("/v1/chat/completions", asked)
         return int(answer["usage"]["prompt_tokens"])
 
     def end_ids(self) -> frozenset[int]:
@@ -214,6 +208,13 @@ def _head_delta(adapter: Path) -> Float32 | np.float32:
     a_rd, b_Vr = file.rows("output.weight.lora_a"), file.rows("output.weight.lora_b")
     delta_Vd: Float32 = b_Vr @ a_rd * np.float32(file.values["adapter.lora.alpha"] / len(a_rd))
     return delta_Vd
+
+
+def _asked(conversation: Conversation, variables: Mapping[str, str]) -> dict[str, Any]:
+    """Messages and tools as the chat endpoint takes them."""
+    tools = conversation.tool_dicts()
+    asked = {"messages": conversation.as_dicts(), "chat_template_kwargs": dict(variables)}
+    return {**asked, "tools": tools} if tools else asked
 
 
 def _stream(child: Child, prompt: Sequence[int], sampling: Sampling, index: int) -> Iterator[int]:

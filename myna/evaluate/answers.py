@@ -10,6 +10,7 @@ from typing import Any
 from myna.backends import Backend, Sampling
 from myna.data.conversation import Conversation
 from myna.data.render import ChatTokenizer, render_prompt
+from myna.evaluate.calls import answer_ids, comparable
 from myna.evaluate.scorers import score_answers
 
 LONGEST_DEFAULT = 512
@@ -17,9 +18,13 @@ LONGEST_DEFAULT = 512
 
 @dataclass(frozen=True)
 class Answered:
-    """One model's answers in the order of the rows, and how fast it gave them (new tokens a second, prompts included)."""
+    """One model's answers in the order of the rows, and how fast it gave them (new tokens a second, prompts included).
+
+    `scored` are the answers as they are compared with the expected ones: calls of functions by name and arguments.
+    """
 
     answers: tuple[str, ...]
+    scored: tuple[str, ...]
     num_tokens: int
     seconds: float
 
@@ -33,8 +38,14 @@ def answer_tokens(rows: Sequence[Conversation], tokenizer: ChatTokenizer) -> int
 
     An answer longer than that is cut and scored as it is; `evaluate.max_tokens` allows longer ones.
     """
-    longest = max((len(tokenizer.encode(row.answer())) for row in rows), default=0)
+    longest = max((_expected_tokens(row, tokenizer) for row in rows), default=0)
     return min(longest + longest // 4 + 8, LONGEST_DEFAULT)
+
+
+def _expected_tokens(row: Conversation, tokenizer: ChatTokenizer) -> int:
+    if row.messages[-1].calls:
+        return len(answer_ids(row, tokenizer))
+    return len(tokenizer.encode(row.answer()))
 
 
 def answer_rows(
@@ -44,9 +55,12 @@ def answer_rows(
     max_tokens: int,
     advance: Callable[[], None] = lambda: None,
 ) -> Answered:
-    """Greedy answers to every row's last user turn; `advance` is called once a finished or started row."""
+    """Greedy answers to every row up to its last turn; `advance` is called once a finished or started row."""
     prompts = [render_prompt(row.prompt(), tokenizer) for row in rows]
-    sampling = Sampling(max_tokens=max_tokens, stop_ids=tokenizer.stop_ids)
+    # the turns that are calls as the template writes them: some end with a token of their own
+    written = {n: answer_ids(row, tokenizer) for n, row in enumerate(rows) if row.messages[-1].calls}
+    stop_ids = tokenizer.stop_ids | {ids[-1] for ids in written.values()}
+    sampling = Sampling(max_tokens=max_tokens, stop_ids=stop_ids)
     answers: list[list[int]] = [[] for _ in prompts]
     started = time.perf_counter()
     for token in backend.generate(prompts, sampling):
@@ -55,12 +69,16 @@ def answer_rows(
         answers[token.prompt_index].append(token.token_id)
     seconds = time.perf_counter() - started
     texts = tuple(tokenizer.decode(ids) for ids in answers)
-    return Answered(texts, sum(len(ids) for ids in answers), seconds)
+    scored = (
+        comparable(text, row, tokenizer.decode(written.get(n, ())))
+        for n, (text, row) in enumerate(zip(texts, rows, strict=True))
+    )
+    return Answered(texts, tuple(scored), sum(len(ids) for ids in answers), seconds)
 
 
 def result_of(answered: Answered, rows: Sequence[Conversation], *, num_bytes: int) -> dict[str, Any]:
     """The entry of evaluation.json for one model."""
-    scores = score_answers(answered.answers, [row.answer() for row in rows])
+    scores = score_answers(answered.scored, [row.answer() for row in rows])
     return {
         **scores.to_json(),
         "mb": round(num_bytes / 1e6, 1),

@@ -11,6 +11,7 @@ How near the answers are (mean KL, same top token) is measured in `export/parity
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -82,7 +83,11 @@ def template_gate(server: Server, tokenizer: ChatTokenizer, conversations: Seque
 
 
 def prompt_gate(server: Server, tokenizer: ChatTokenizer, conversations: Sequence[Conversation]) -> Gate:
-    """Every conversation's prompt as llama.cpp's chat makes it: the same text, the same ids, no BOS twice."""
+    """Every conversation's prompt as llama.cpp's chat makes it: the same text, the same ids, no BOS twice.
+
+    llama.cpp writes six digits of the numbers in tools: conversations that have longer ones are left out, and that is said.
+    """
+    num_given, conversations = len(conversations), [c for c in conversations if not has_long_numbers(c)]
     bos = tokenizer.special_tokens.get("bos_token", "")
     given = {name: value for name, value in VARIABLES.items() if name in tokenizer.template_text}
     texts = [tokenizer.render_text(c.prompt(), add_generation_prompt=True, **given) for c in conversations]
@@ -105,7 +110,27 @@ def prompt_gate(server: Server, tokenizer: ChatTokenizer, conversations: Sequenc
                 "prompt", False, _difference(our_ids, their_ids, f"the prompt of {place}") + twice + count
             )
     note = f", {' and '.join(given)} given: without, llama.cpp's chat puts in its own" if given else ""
+    if num_left := num_given - len(conversations):
+        note += f"; {num_left} left out: their tools have numbers such as 1.0 and 3.1415926, which it writes as 1 and 3.14159"
     return Gate("prompt", True, f"{len(conversations)} prompts through llama.cpp's chat{note}")
+
+
+def has_long_numbers(conversation: Conversation) -> bool:
+    """Whether tools or calls have a number that llama.cpp's templates write otherwise: as C's %g does, or in 64 bits."""
+    long: list[str] = []
+
+    def parse_float(text: str) -> None:
+        if repr(float(text)) != f"{float(text):g}":
+            long.append(text)
+
+    def parse_int(text: str) -> None:
+        if not -(2**63) <= int(text) < 2**63:
+            long.append(text)
+
+    arguments = (call.arguments for message in conversation.messages for call in message.calls)
+    for text in (*conversation.tools, *arguments):
+        json.loads(text, parse_float=parse_float, parse_int=parse_int)
+    return bool(long)
 
 
 def shortest(conversations: Sequence[Conversation], tokenizer: ChatTokenizer) -> list[Conversation]:
