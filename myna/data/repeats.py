@@ -102,5 +102,6 @@ def _first_of(digests: Any, later: Any) -> Alike:
 
 def written(messages: Sequence[Message], tools: Sequence[str] = ()) -> bytes:
     """The turns with their roles and the tools, as digests of them are taken of; ids of calls say nothing."""
-    text = "\x1e".join([*(f"{message.role}\x1f{message.text}" for message in messages), *tools])
+    told = [f"{message.role}\x1f{message.text}" for message in messages]
+    text = "\x1e".join([*told, *tools] if tools else told)
     return text.encode(errors="surrogatepass")

@@ -111,7 +111,7 @@ def prompt_gate(server: Server, tokenizer: ChatTokenizer, conversations: Sequenc
             )
     note = f", {' and '.join(given)} given: without, llama.cpp's chat puts in its own" if given else ""
     if num_left := num_given - len(conversations):
-        note += f"; {num_left} left out: their tools have numbers such as 1.0 and 3.1415926, which it writes as 1 and 3.14159"
+        note += f"; {num_left} left out: their tools have numbers such as 1.0, which llama.cpp writes as 1"
     return Gate("prompt", True, f"{len(conversations)} prompts through llama.cpp's chat{note}")
 
 
