@@ -57,17 +57,18 @@ def _reason(error: Exception) -> str:
 def _as_json(value: Any, name: str, place: Place) -> str:
     """The one text of an object. DataError where it holds what JSON has not, or half a character."""
     try:
-        text = json.dumps(
-            _without_nulls(value) if place.path.endswith(UNIONS) else value,
-            ensure_ascii=False,
-            allow_nan=False,
-        )
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode()
     except UnicodeEncodeError:
         raise fault("D014", f"{name} holds half a character (surrogate)", where=place) from None
     except (ValueError, TypeError, RecursionError) as error:
         raise fault("D014", f"{name} is no JSON: {_reason(error)}", where=place) from None
     return text
+
+
+def _as_given(value: Any, place: Place) -> Any:
+    """A value without the keys that a table of structs added. What is text there has only what was written."""
+    return _without_nulls(value) if place.path.endswith(UNIONS) else value
 
 
 def _without_nulls(value: Any) -> Any:
@@ -84,7 +85,7 @@ def read_tools(value: Any, key: str, place: Place) -> tuple[str, ...]:
     name = f"`{shown(key)}`"
     if value is None or (isinstance(value, str) and not value.strip()):
         return ()
-    value = from_text(value, name, place)
+    value = from_text(_as_given(value, place), name, place)
     if not isinstance(value, list):
         raise fault("D014", f"{name} is {kind_of(value)}, not a list of tools", where=place, help=NO_TOOLS)
     tools = tuple(_described(tool, f"tool {n} of {name}", place) for n, tool in enumerate(value, start=1))
@@ -147,7 +148,7 @@ def refuse_undescribed(messages: Sequence[Message], tools: tuple[str, ...], plac
 
 def read_calls(turn: Mapping[str, Any], role: Role, name: str, place: Place) -> tuple[ToolCall, ...]:
     """The calls that a message makes, under `tool_calls` or the older `function_call`. DataError where one does not hold."""
-    calls, older = turn.get("tool_calls"), turn.get("function_call")
+    calls, older = (_as_given(turn.get(key), place) for key in ("tool_calls", "function_call"))
     if role != "assistant":
         message = f"{name} is from {role} and has `{'tool_calls' if calls else 'function_call'}`"
         raise fault("D019", message, where=place, help="only the assistant makes calls")

@@ -89,7 +89,7 @@ def read_turns(value: Any, key: str, place: Place) -> tuple[Message, ...]:
     if value is None or value == []:
         raise fault("D013", f"`{shown(key)}` holds no messages", where=place)
     if isinstance(value, str) and value.lstrip()[:1] == "[":  # a table's cell
-        value = from_text(value, f"`{shown(key)}`", place) or None
+        value = [_with_calls_as_text(turn) for turn in from_text(value, f"`{shown(key)}`", place)]
         return read_turns(value, key, place)
     if not isinstance(value, list):
         raise fault("D014", f"`{shown(key)}` is {kind_of(value)}, not a list of messages", where=place)
@@ -100,6 +100,13 @@ def read_turns(value: Any, key: str, place: Place) -> tuple[Message, ...]:
         messages = tuple(results_apart(messages))
     refuse_disorder(messages, place)
     return messages
+
+
+def _with_calls_as_text(turn: Any) -> Any:
+    """A turn out of a text, in which null was written and not added by a table."""
+    if not isinstance(turn, dict) or not turn.get("tool_calls"):
+        return turn
+    return {**turn, "tool_calls": json.dumps(turn["tool_calls"])}
 
 
 def _spoken_in_turn(texts: Sequence[str]) -> list[dict[str, str]]:
