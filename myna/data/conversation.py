@@ -99,8 +99,8 @@ class Conversation(Struct, frozen=True):
 
     messages: tuple[Message, ...]
     place: Place | None = None
-    group: str | None = None
     tools: tuple[str, ...] = ()
+    group: str | None = None
 
     def prompt(self) -> Conversation:
         """The conversation up to its last assistant turn: what a model is given to answer."""

@@ -90,8 +90,10 @@ class Frames:
 
 
 def is_plain(conversation: Conversation) -> bool:
-    """Whether roles and contents are all that there is to it, and no content is blank."""
-    return not any(not m.content or m.content.isspace() for m in conversation.messages)
+    """Whether roles and contents are all that there is to it, no tools, and no content is blank."""
+    return not conversation.uses_tools and not any(
+        not message.content or message.content.isspace() for message in conversation.messages
+    )
 
 
 def filled(piece: FramePiece, messages: Sequence[Message]) -> str:

@@ -24,6 +24,7 @@ NUM_ASKED = 3  # conversations that are also sent through the chat endpoint, whi
 NUM_ORDINARY = 5  # tokens of answers that must not end one
 # What llama.cpp gives a template of its own accord, and Myna does not: given to both, so that the rest is compared.
 VARIABLES = {"date_string": "26 Jul 2024"}
+TOOL_KEYS = ["name", "description", "parameters"]
 STOP_BIAS = 1000.0  # added to one logit: the model says that token, whatever it was taught
 
 
@@ -85,9 +86,9 @@ def template_gate(server: Server, tokenizer: ChatTokenizer, conversations: Seque
 def prompt_gate(server: Server, tokenizer: ChatTokenizer, conversations: Sequence[Conversation]) -> Gate:
     """Every conversation's prompt as llama.cpp's chat makes it: the same text, the same ids, no BOS twice.
 
-    llama.cpp writes six digits of the numbers in tools: conversations that have longer ones are left out, and that is said.
+    Conversations whose tools llama.cpp writes in a form of its own are left out, and that is said.
     """
-    num_given, conversations = len(conversations), [c for c in conversations if not has_long_numbers(c)]
+    num_given, conversations = len(conversations), [c for c in conversations if not is_written_otherwise(c)]
     bos = tokenizer.special_tokens.get("bos_token", "")
     given = {name: value for name, value in VARIABLES.items() if name in tokenizer.template_text}
     texts = [tokenizer.render_text(c.prompt(), add_generation_prompt=True, **given) for c in conversations]
@@ -111,12 +112,21 @@ def prompt_gate(server: Server, tokenizer: ChatTokenizer, conversations: Sequenc
             )
     note = f", {' and '.join(given)} given: without, llama.cpp's chat puts in its own" if given else ""
     if num_left := num_given - len(conversations):
-        note += f"; {num_left} left out: their tools have numbers such as 1.0, which llama.cpp writes as 1"
+        note += f"; {num_left} left out, whose tools llama.cpp writes in a form of its own (1.0 as 1, or with more keys)"
     return Gate("prompt", True, f"{len(conversations)} prompts through llama.cpp's chat{note}")
 
 
-def has_long_numbers(conversation: Conversation) -> bool:
-    """Whether tools or calls have a number that llama.cpp's templates write otherwise: as C's %g does, or in 64 bits."""
+def is_written_otherwise(conversation: Conversation) -> bool:
+    """Whether llama.cpp's templates write its tools otherwise than they stand there.
+
+    It makes every description a name, a description and parameters, in that order, and writes numbers as C's %g does, or in
+    64 bits.
+    """
+    if any(
+        list(tool["function"]) != TOOL_KEYS or list(tool) != ["type", "function"]
+        for tool in conversation.tool_dicts() or ()
+    ):
+        return True
     long: list[str] = []
 
     def parse_float(text: str) -> None:
