@@ -1,12 +1,20 @@
-"""Writes docs/recipe.md from the recipe's own fields; a policy test compares. Run: .venv/bin/python scripts/make_docs.py"""
+"""Writes docs/recipe.md from the recipe's own fields, and the last table of docs/data-faults.md from that of the tests.
+
+Policy tests compare. Run: .venv/bin/python scripts/make_docs.py
+"""
 
 from __future__ import annotations
 
+import runpy
+import sys
 from pathlib import Path
 
 from myna.recipe import setting_lines
 
-PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "recipe.md"
+FAULTS = ROOT / "docs" / "data-faults.md"
+LAST_TABLE = "## Where each fault is told\n"
 HEAD = """# The recipe
 
 Every setting with its default. Made by `scripts/make_docs.py` from `myna/recipe.py`.
@@ -30,5 +38,15 @@ def recipe_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def faults_page() -> str:
+    """docs/data-faults.md as it is, with its last table made anew."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    table = runpy.run_path(str(ROOT / "tests" / "faults_table.py"))["as_markdown"]()
+    before, heading, after = FAULTS.read_text(encoding="utf-8").partition(LAST_TABLE)
+    said = after.partition("| fault |")[0]
+    return before + heading + said + table
+
+
 if __name__ == "__main__":
+    FAULTS.write_text(faults_page(), encoding="utf-8")
     PAGE.write_text(recipe_page(), encoding="utf-8")

@@ -83,4 +83,4 @@ def test_they_are_not_trained_on_and_the_cure_is_another_shape(tmp_path: Path) -
     assert load_conversations(path, format_name="alpaca").conversations[0].answer() == "a"
     with pytest.raises(DataError) as caught:
         load_conversations(write(tmp_path / "b.jsonl", GOOD["texts"]))
-    assert caught.value.help is None
+    assert "prompt and completion" in str(caught.value.help)

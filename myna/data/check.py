@@ -42,6 +42,27 @@ CODES: Mapping[str, str] = {
     "D038": "nearly the same conversation",
 }
 
+# What to do where the place of a fault knows nothing better. From D030 on every warning says its own.
+CURES: Mapping[str, str] = {
+    "D001": "mend the file at that place",
+    "D002": "save the file as UTF-8",
+    "D003": 'write the rows alone: [{"prompt": "...", "completion": "..."}, ...]',
+    "D004": "take one of the two out, or give it a name of its own",
+    "D005": "the first line names each column once, and every row has a cell for each",
+    "D006": 'write at least one row into it: {"prompt": "...", "completion": "..."}',
+    "D007": "look whether it is there, whole, and yours to read: ls -lL",
+    "D010": "--set data.columns.prompt=KEY --set data.columns.completion=KEY, with your keys",
+    "D011": "keep one shape in one file",
+    "D012": "add it to the row, or take the row out",
+    "D013": "fill it in, or take the row out",
+    "D014": "write it as it should be, or take the row out",
+    "D015": "the roles are system, user and assistant: rename it, or take the row out",
+    "D016": "put the turns in order, or take the row out: user and assistant in turn, the assistant last",
+    "D017": "take it out of the row, or take the row out",
+    "D018": "a pair is two different answers to one prompt",
+    "D020": "bring more rows, or ask for less of them: data.test_fraction, data.language",
+}
+
 SHOWN_PLACES = 3
 SHOWN_NAMES = 12
 
@@ -49,9 +70,12 @@ SHOWN_NAMES = 12
 def fault(
     code: str, message: str, *, where: Place | str, help: str | None = None, ends_reading: bool = False
 ) -> DataError:
-    """One fault as the error that it is; the reader decides whether to raise it or to go on collecting."""
+    """One fault as the error that it is; the reader decides whether to raise it or to go on collecting.
+
+    Without `help` it has the cure of its code.
+    """
     assert code in CODES, code
-    error = DataError(message, where=str(where), help=help, code=code)
+    error = DataError(message, where=str(where), help=help or CURES.get(code), code=code)
     error.place = where if isinstance(where, Place) else None
     error.ends_reading = ends_reading
     return error

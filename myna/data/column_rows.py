@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from myna.data.check import fault, named
+from myna.data.check import fault, named, shown
 from myna.data.conversation import Place, Row
 from myna.errors import DataError
 
@@ -49,8 +49,10 @@ def scan_arrow(path: Path) -> Iterator[Row | DataError]:
 
 
 def _rows_of_batches(batches: Any, names: Sequence[str], path: Path) -> Iterator[Row | DataError]:
-    if len(set(names)) < len(names):
-        yield fault("D005", "two columns have one name", where=str(path))
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        cure = "write it again with a name of its own for each column"
+        yield fault("D005", f"two columns have one name: {named(twice)}", where=str(path), help=cure)
         return
     number = 0
     for batch in batches:
@@ -58,21 +60,30 @@ def _rows_of_batches(batches: Any, names: Sequence[str], path: Path) -> Iterator
             for values in _values_of(batch.slice(start, BATCH_ROWS)):
                 number += 1
                 place = Place(str(path), number, "row")
-                if isinstance(values, Exception):
-                    reason = str(values).partition("\n")[0]
-                    yield fault("D014", f"a value cannot be read: {reason}", where=place, help=WRITE_AGAIN)
+                if isinstance(values, str):
+                    yield fault("D014", values, where=place, help=WRITE_AGAIN)
                 else:
                     yield Row(values, place)
 
 
 def _values_of(batch: Any) -> list[Any]:
-    """The rows of a batch as Python has them; an exception in the place of each that holds what Python has not."""
+    """The rows of a batch as Python has them; a sentence in the place of each that holds what Python has not."""
     try:
         return list(batch.to_pylist())
     except (ValueError, OverflowError, KeyError) as error:
         if len(batch) == 1:
-            return [error]
+            return [_unreadable(batch, error)]
     return [row for number in range(len(batch)) for row in _values_of(batch.slice(number, 1))]
+
+
+def _unreadable(batch: Any, error: Exception) -> str:
+    """What is wrong with the one row of a batch: its first column that cannot be read, and why."""
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            column.to_pylist()
+        except (ValueError, OverflowError, KeyError) as own:
+            return f"`{shown(name)}` cannot be read: {str(own).partition(chr(10))[0]}"
+    return f"a value cannot be read: {str(error).partition(chr(10))[0]}"
 
 
 def _not_whole(kind: str, path: Path, error: Exception) -> DataError:

@@ -253,7 +253,9 @@ def _refuse_unused(first: Row, detected: Detected, columns: Mapping[str, str]) -
             message = (
                 f"`{shown(key)}` (data.columns.{name}) is in no row; the keys are: {named(first.values)}"
             )
-            raise fault("D012", message, where=first.place)
+            near = nearest([key, name], first.values)
+            cure = setting(name, near or "KEY") + ("" if near else ", with a key of the rows")
+            raise fault("D012", message, where=first.place, help=cure)
     twice = [key for key, count in Counter(detected.keys.values()).items() if count > 1]
     if twice:
         both = " and ".join(f"data.columns.{n}" for n, key in detected.keys.items() if key == twice[0])

@@ -77,10 +77,12 @@ def refuse_binary(path: Path) -> None:
         name = "UTF-32" if head.startswith(UTF32) else "UTF-16 without a byte order mark"
         cure = to_utf8(path, "UTF-32" if head.startswith(UTF32) else "UTF-16LE")
         raise fault("D002", f"looks like {name}: it is not read", where=f"{path}:1", help=cure)
+    cure = f"unpack it, or convert it to {row_suffix(path)}"
     if what is None and b"\0" in head:
-        what = "a binary file"
+        line = head[: head.index(0)].count(b"\n") + 1
+        what = f"a binary file (a NUL byte in line {line})"
+        cure += f"; from text take the NUL out: tr -d '\\000' < {path.name} > clean-{path.name}"
     if what is not None:
-        cure = f"unpack it, or convert it to {row_suffix(path)}"
         raise fault("D007", f"is {what}, not {row_suffix(path)} text", where=str(path), help=cure)
 
 

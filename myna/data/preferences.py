@@ -116,4 +116,4 @@ def _require_truth(row: Row, key: str) -> None:
     value = row.values[key]
     if not isinstance(value, bool) and str(value).strip().lower() not in TRUTHS:
         message = f"`{shown(key)}` is {kind_of(value)}, not true or false"
-        raise fault("D014", message, where=row.place)
+        raise fault("D014", message, where=row.place, help="write true or false, or take the row out")

@@ -195,7 +195,7 @@ def _untrained(path: Path, detected: Detected) -> DataError:
     cure = (
         f"--set data.format={others[0].name} learns the rows as {others[0].title}"
         if others and has_pairs
-        else None
+        else "give rows of answers to learn: prompt and completion, or messages"
     )
     message = f"these are {shape.title}, which are read and checked, not trained on yet"
     return fault("D017", message, where=str(path), help=cure)

@@ -146,7 +146,8 @@ def gather_trees(rows: Sequence[Row], keys: Keys) -> Iterator[Row | DataError]:
     for identity in nodes:
         if identity not in reached and identity not in strays:
             message = "no first message leads to it: what it replies to is missing, or replies to itself"
-            yield fault("D016", message, where=places[identity])
+            cure = "take the reply out, or add what it replies to"
+            yield fault("D016", message, where=places[identity], help=cure)
 
 
 def _reached(roots: Iterable[Node]) -> set[str]:

@@ -41,6 +41,10 @@ CONTENT_OF: Mapping[str, str] = {"role": "content", "from": "value"}
 TURN_KEYS = ("role", "content", "from", "value", "weight", "tool_calls", "function_call")
 RESULT_KEYS = ("tool_call_id", "name")  # read of tools' results, and of no other turn
 ORDER = "an optional system message, then user and assistant in turn, ending with assistant"
+A_TEXT = "make it a text in quotes, or take the row out"
+A_LIST = (
+    'write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}], or take the row out'
+)
 
 
 def is_plain_text(value: Any) -> bool:
@@ -66,14 +70,15 @@ def _checked_text(value: Any, name: str, place: Place) -> str:
     if value is None:
         raise fault("D013", f"{name} is null", where=place, help="fill it in, or take the row out")
     if not isinstance(value, str):
-        raise fault("D014", f"{name} is {kind_of(value)}, not a text", where=place)
+        raise fault("D014", f"{name} is {kind_of(value)}, not a text", where=place, help=A_TEXT)
     if not value.strip():
         raise fault("D013", f"{name} is empty", where=place, help="fill it in, or take the row out")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         message = f"{name} holds half a character (surrogate {ascii(value[error.start])[1:-1]})"
-        raise fault("D014", message, where=place) from error
+        cure = "write the whole character there, or take the half out"
+        raise fault("D014", message, where=place, help=cure) from error
     return value
 
 
@@ -92,7 +97,9 @@ def read_turns(value: Any, key: str, place: Place) -> tuple[Message, ...]:
         value = [_with_calls_as_text(turn) for turn in from_text(value, f"`{shown(key)}`", place)]
         return read_turns(value, key, place)
     if not isinstance(value, list):
-        raise fault("D014", f"`{shown(key)}` is {kind_of(value)}, not a list of messages", where=place)
+        raise fault(
+            "D014", f"`{shown(key)}` is {kind_of(value)}, not a list of messages", where=place, help=A_LIST
+        )
     if all(isinstance(turn, str) for turn in value):
         value = _spoken_in_turn(value)
     messages = tuple(_read_turn(turn, f"message {n}", place) for n, turn in enumerate(value, start=1))
@@ -117,7 +124,7 @@ def _spoken_in_turn(texts: Sequence[str]) -> list[dict[str, str]]:
 
 def _read_turn(turn: Any, name: str, place: Place) -> Message:
     if not isinstance(turn, dict):
-        raise fault("D014", f"{name} is {kind_of(turn)}, not an object", where=place)
+        raise fault("D014", f"{name} is {kind_of(turn)}, not an object", where=place, help=A_LIST)
     role_key = "from" if turn.get("from") is not None and turn.get("role") is None else "role"
     if turn.get(role_key) is None:
         raise fault("D015", f"{name} has no `role`; its keys are: {named(map(str, turn))}", where=place)

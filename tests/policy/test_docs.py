@@ -16,6 +16,11 @@ def test_the_recipe_page_is_up_to_date() -> None:
     assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == made, "run scripts/make_docs.py"
 
 
+def test_the_table_of_faults_is_that_of_the_tests() -> None:
+    made = runpy.run_path(str(ROOT / "scripts" / "make_docs.py"))["faults_page"]()
+    assert (ROOT / "docs" / "data-faults.md").read_text(encoding="utf-8") == made, "run scripts/make_docs.py"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: object) -> None:
     from pathlib import Path
