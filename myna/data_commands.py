@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -112,7 +113,7 @@ def _stem(rows: Path) -> str:
     """What files about these rows are named after: the name without its endings, of a pattern its folder's."""
     from myna.data.sources import WILD
 
-    path = rows.resolve()
+    path = Path(os.path.abspath(rows))  # a link may lead in a circle
     while any(c in path.name for c in WILD):
         path = path.parent
     return path.name.partition(".")[0] or "rows"

@@ -205,6 +205,9 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise _disk_error(error, path) from error
+    except BaseException:  # an interrupt
+        temporary.unlink(missing_ok=True)
+        raise
     sync_dir(path.parent)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +71,23 @@ def _rows_of_batches(batches: Any, names: Sequence[str], path: Path) -> Iterator
 def _values_of(batch: Any) -> list[Any]:
     """The rows of a batch as Python has them; a sentence in the place of each that holds what Python has not."""
     try:
-        return list(batch.to_pylist())
+        rows = list(batch.to_pylist())
+        for field in batch.schema:
+            if _is_told_otherwise(field.type):
+                rows = [row | {field.name: _value_of(row[field.name])} for row in rows]
+        return rows
     except (ValueError, OverflowError, KeyError) as error:
         if len(batch) == 1:
             return [_unreadable(batch, error)]
     return [row for number in range(len(batch)) for row in _values_of(batch.slice(number, 1))]
+
+
+def _is_told_otherwise(kind: Any) -> bool:
+    """Columns whose values are no text in Python and are a text in a table: dates, decimals, and texts written as bytes."""
+    from pyarrow import types
+
+    asked = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_decimal)
+    return any(is_kind(kind) for is_kind in (*asked, types.is_temporal))
 
 
 def _unreadable(batch: Any, error: Exception) -> str:
@@ -149,7 +163,12 @@ def _cells(sheet: Any, path: Path) -> Iterator[tuple[Place, list[Any]]]:
 
 
 def _value_of(cell: Any) -> Any:
-    """A spreadsheet has dates, and no whole numbers."""
+    """A spreadsheet has dates, and no whole numbers; Parquet has decimals, and texts that are not called so."""
+    if isinstance(cell, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            return cell.decode()
+    if isinstance(cell, Decimal):
+        return str(cell)
     if isinstance(cell, float) and cell.is_integer():
         return int(cell)
     if isinstance(cell, datetime.date | datetime.time | datetime.datetime):

@@ -35,9 +35,12 @@ NULS_OF_UTF16 = 0.3  # the part of the first bytes that are NUL in UTF-16 of Lat
 
 
 def refuse_unreadable(path: Path, suffixes: Iterable[str]) -> None:
-    """DataError where the file is missing, of an unknown suffix, closed to us, or 0 bytes long."""
+    """DataError where the file is missing, of an unknown suffix, a pipe or a device, closed to us, or 0 bytes long."""
     if not path.exists():
         raise fault("D007", "there is no such file", where=str(path), help=_near_files(path))
+    if not path.is_file():
+        cure = "write what comes out of it into a file of rows first"
+        raise fault("D007", "is no plain file: a pipe or a device has no end", where=str(path), help=cure)
     if row_suffix(path) not in suffixes:
         ending = row_suffix(path) or path.suffix
         what = f"files that end in `{ending}`" if ending else "files without an ending"
@@ -61,8 +64,19 @@ def no_rows(path: Path) -> DataError:
 def damaged(path: Path, error: DamagedArchiveError, *, num_rows: int = 0) -> DataError:
     """A compressed file that does not unpack to its end."""
     after = f" after row {num_rows}" if num_rows else ""
-    cure = "fetch or pack it again; the rows before that place are not read alone"
-    return fault("D007", f"{error}{after}", where=str(path), help=cure, ends_reading=True)
+    return fault("D007", f"{error}{after}", where=str(path), help=error.cure, ends_reading=True)
+
+
+def stamp_of(path: Path) -> tuple[int, int, int]:
+    """What is another once a file is written to or replaced: its inode, size and time of change."""
+    told = path.stat()
+    return told.st_ino, told.st_size, told.st_mtime_ns
+
+
+def changed(path: Path) -> DataError:
+    """A file that was written to while its rows were read: what was read is neither the old file nor the new one."""
+    cure = "read it again once nothing writes to it, or copy it first"
+    return fault("D007", "changed while it was read", where=str(path), help=cure, ends_reading=True)
 
 
 def refuse_binary(path: Path) -> None:

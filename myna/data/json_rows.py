@@ -27,6 +27,7 @@ KIND_OF: Mapping[type, str] = {
     float: "a number",
     type(None): "null",
     dict: "an object",
+    bytes: "bytes that are no UTF-8",
 }
 MEND = "mend the file at that place; reading cannot go on after it"
 PARTS_OF_A_ROW = ("paragraphs", "qas", "replies", "chosen", "rejected")
@@ -286,6 +287,8 @@ def _twice_in(value: Any) -> str | None:
 
 def _broken(error: json.JSONDecodeError) -> str:
     reason = error.msg.removesuffix(" at").removesuffix(" starting")
+    if "BOM" in reason:  # Python's sentence is about its own decoders
+        reason = r"a byte order mark within the file: take it out, sed -i 's/^\xEF\xBB\xBF//' FILE"
     return f"broken JSON at column {error.colno}: {reason}"
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
 HEAD_BYTES = 4096
+MOST_SWOLLEN = 200  # times its packed size; rows are packed to a tenth or a twentieth, the same row again and again to less
+FEWEST_SWOLLEN = 1 << 26  # bytes, below which it harms nobody
 PACKED_ENDINGS = (".gz", ".gzip", ".zst", ".bz2", ".xz")
 # How both decoders bring in what they cannot read, for `bad_text` of `files` to find. Good text never decodes to these.
 BAD_UTF16 = "\udcff"
@@ -24,6 +26,14 @@ BAD_UTF16 = "\udcff"
 
 class DamagedArchiveError(OSError):
     """A compressed file that ends too early or does not unpack; the message says which kind of file."""
+
+    cure = "fetch or pack it again; the rows before that place are not read alone"
+
+
+class SwollenArchiveError(DamagedArchiveError):
+    """A compressed file that unpacks to so much more than itself that it is hardly rows: nobody's memory holds it."""
+
+    cure = "unpack it yourself where it is meant so, and give the plain file"
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,7 @@ class _Unpacked(io.RawIOBase):
 
     def __init__(self, packing: Packing, file: BinaryIO) -> None:
         self._packing, self._file = packing, file
+        self._num_bytes = 0
         self._inner = self._guarded(lambda: packing.unpack(file))
 
     def readable(self) -> bool:
@@ -110,6 +121,10 @@ class _Unpacked(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         found = self._guarded(lambda: self._inner.read(len(buffer)))
         buffer[: len(found)] = found
+        self._num_bytes += len(found)
+        if self._num_bytes > FEWEST_SWOLLEN and self._num_bytes > MOST_SWOLLEN * self._file.tell():
+            times = f"more than {MOST_SWOLLEN} times its size"
+            raise SwollenArchiveError(f"the {self._packing.name} file unpacks to {times}")
         return len(found)
 
     def close(self) -> None:

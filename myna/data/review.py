@@ -28,7 +28,7 @@ SCRIPTS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("Greek", re.compile(r"[\u0370-\u03ff]")),
     ("Cyrillic", re.compile(r"[\u0400-\u052f]")),
     ("Hebrew", re.compile(r"[\u0590-\u05ff]")),
-    ("Arabic", re.compile(r"[\u0600-\u06ff\u0750-\u077f\ufb50-\ufdff\ufe70-\ufeff]")),
+    ("Arabic", re.compile(r"[\u0600-\u06ff\u0750-\u077f\ufb50-\ufdff\ufe70-\ufefc]")),
     ("Devanagari", re.compile(r"[\u0900-\u097f]")),
     ("Thai", re.compile(r"[\u0e00-\u0e7f]")),
     ("Hangul", re.compile(r"[\uac00-\ud7af\u1100-\u11ff]")),

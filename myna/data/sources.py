@@ -11,7 +11,7 @@ from pathlib import Path
 from myna.data.check import fault
 from myna.data.column_rows import scan_arrow, scan_parquet, scan_xlsx
 from myna.data.conversation import Row
-from myna.data.files import damaged, no_rows, refuse_unreadable, sha256_of
+from myna.data.files import changed, damaged, no_rows, refuse_unreadable, sha256_of, stamp_of
 from myna.data.json_rows import scan_json, scan_jsonl
 from myna.data.opened import DamagedArchiveError, row_suffix
 from myna.data.table_rows import scan_csv, scan_tsv
@@ -102,11 +102,15 @@ def _scan(files: list[Path], max_rows: int | None) -> Iterator[Row | DataError]:
         try:
             if len(files) > 1:
                 refuse_unreadable(file, SOURCES)
+            stamp = stamp_of(file)
             for row in scan_file(file):
                 if num_rows == max_rows:
                     return
                 num_rows += 1
                 yield row
+            if stamp_of(file) != stamp:
+                num_rows += 1
+                yield changed(file)
         except DamagedArchiveError as error:
             num_rows += 1
             yield damaged(file, error, num_rows=num_rows - before - 1)

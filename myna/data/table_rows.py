@@ -54,6 +54,9 @@ def _scan_table(path: Path, separator: str) -> Iterator[Row | DataError]:
 
 def _row_of_cells(header: Sequence[str], cells: Sequence[str], place: Place) -> Row | DataError:
     if len(cells) == len(header):
+        if [cells[0].lstrip("\ufeff"), *cells[1:]] == header:
+            cure = "take the line out: tables that are joined keep one header"
+            return fault("D005", f"the header stands here again ({named(header)})", where=place, help=cure)
         return Row(dict(zip(header, cells, strict=True)), place)
     message = f"{len(cells)} cells where the header has {len(header)} ({named(header)})"
     cure = 'put a cell that holds the separator in quotes: "a, b"'
