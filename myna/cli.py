@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -19,7 +20,7 @@ from myna.chat_command import chat
 from myna.data_commands import check as data_check
 from myna.data_commands import convert as data_convert
 from myna.engine.threads import BRIEF_SPIN
-from myna.errors import Interrupted, MynaError, UsageError
+from myna.errors import Interrupted, MachineError, MynaError, UsageError
 from myna.show import Show
 from myna.show_command import show as data_show
 from myna.stage_commands import evaluate, export, merge, verify
@@ -216,6 +217,7 @@ def exit_code(arguments: list[str]) -> int:
         result = app(args=arguments, prog_name="myna", standalone_mode=False)
         if result == 128 + signal.SIGINT:  # typer makes an exit code of Ctrl-C, without a word
             raise KeyboardInterrupt
+        sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except Interrupted as error:
         _tell(error, as_json)
@@ -240,6 +242,12 @@ def exit_code(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has gone; nothing is left to say
         return 0
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to print has no room either
+            _tell(
+                MachineError(f"could not be written: {error.strerror}", help="make room on the disk"), as_json
+            )
+            return MachineError.exit_code
         traceback.print_exc()
         if as_json:
             print_json({"error": {"code": "bug", "message": repr(error), "where": None, "help": None}})

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from myna.errors import DataError, UsageError
-from myna.terminal import AsJson, new_console, print_json
+from myna.terminal import AsJson, new_console, one_line, print_json
 
 if TYPE_CHECKING:
     from myna.recipe import DataSettings
@@ -156,6 +156,8 @@ def _other_files(path: str, overrides: list[str] | None) -> dict[str, tuple[Path
 def _data(path: str, overrides: list[str] | None) -> DataSettings:
     from myna.recipe import build_recipe, load_recipe
 
+    if not path.isascii() and any("\ud800" <= character <= "\udfff" for character in path):
+        raise UsageError("the name is not UTF-8", where=path, help="rename it, or give its folder")
     if Path(path).suffix.lower() in (".yaml", ".yml"):
         return load_recipe(Path(path), overrides or []).data
     return build_recipe({"data": {"train": path}}, overrides or []).data
@@ -175,12 +177,12 @@ def _print(review: Any, kept: str | None) -> None:
             f"[{colour}]{finding.level}\\[{finding.code}][/{colour}] {finding.what}: {finding.count}"
         )
         for where, message in finding.places:
-            console.print(f"  {where}: {message}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"  {one_line(where)}: {message}", markup=False, highlight=False, soft_wrap=True)
         if finding.count > len(finding.places):
             console.print(f"  and {finding.count - len(finding.places)} more", highlight=False)
         for cure in finding.cures:
             console.print(f"  help: {cure}", markup=False, highlight=False, soft_wrap=True)
     for label, text in review.as_lines():
-        console.print(f"{label:<14}{text}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{label:<14}{one_line(text)}", markup=False, highlight=False, soft_wrap=True)
     if kept:
-        console.print(f"{'kept':<14}the faulty rows in {kept}", markup=False, highlight=False)
+        console.print(f"{'kept':<14}the faulty rows in {one_line(kept)}", markup=False, highlight=False)

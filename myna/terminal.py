@@ -77,6 +77,11 @@ def new_console(*, stderr: bool = False) -> Console:
     return console
 
 
+def one_line(text: str) -> str:
+    """A place or a name as it may be printed: nothing in it that moves the cursor or begins a line."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def print_json(value: Mapping[str, Any]) -> None:
     """The one JSON object that `--json` asks for."""
     print(json.dumps(value, ensure_ascii=False))
@@ -173,7 +178,7 @@ def print_findings(console: Console, story: Sequence[tuple[str, str]], findings:
 
 
 def print_error(console: Console, error: MynaError) -> None:
-    place = f"[bold]{_plain(error.where)}[/bold]: " if error.where else ""
+    place = f"[bold]{_plain(one_line(error.where))}[/bold]: " if error.where else ""
     console.print(f"[red]error[/red]: {place}{_plain(error.message)}", highlight=False)
     if error.help:
         console.print(f"  [dim]help:[/dim] {_plain(error.help)}", highlight=False)

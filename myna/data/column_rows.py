@@ -12,6 +12,7 @@ from typing import Any
 
 from myna.data.check import fault, named, shown
 from myna.data.conversation import Place, Row
+from myna.data.opened import FEWEST_SWOLLEN, MOST_SWOLLEN
 from myna.errors import DataError
 
 BATCH_ROWS = 1024
@@ -111,9 +112,17 @@ def scan_xlsx(path: Path) -> Iterator[Row | DataError]:
 
     A row's number is the one that a spreadsheet shows beside it. Formulas count as what they last came to.
     """
+    import zipfile
+
     import openpyxl
 
     try:
+        with zipfile.ZipFile(path) as archive:
+            num_bytes = sum(part.file_size for part in archive.infolist())
+        if num_bytes > max(FEWEST_SWOLLEN, MOST_SWOLLEN * path.stat().st_size):
+            message = f"the workbook unpacks to more than {MOST_SWOLLEN} times its size"
+            yield fault("D007", message, where=str(path), help=WRITE_AGAIN, ends_reading=True)
+            return
         with path.open("rb") as file:
             book = openpyxl.load_workbook(file, read_only=True, data_only=True)
             yield from _rows_of_book(book, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from myna.data.check import fault
@@ -41,9 +41,8 @@ def files_of(path: Path) -> list[Path]:
     if path.is_dir():
         found = [one for one in path.rglob("*") if _holds_rows(one, path)]
     elif not path.exists() and any(c in str(path) for c in WILD):
-        found = [
-            one for one in map(Path, glob.glob(str(path), recursive=True)) if _holds_rows(one, one.parent)
-        ]
+        fitting = map(Path, glob.glob(str(path), recursive=True))
+        found = _once(one for one in fitting if _holds_rows(one, one.parent))
     else:
         return [path]
     if not found:
@@ -121,6 +120,12 @@ def _scan(files: list[Path], max_rows: int | None) -> Iterator[Row | DataError]:
             yield error
         if num_rows == before:
             yield no_rows(file)
+
+
+def _once(files: Iterable[Path]) -> list[Path]:
+    """Each file by its shortest name: a linked folder that leads back up would give it forty."""
+    longest_first = sorted(files, key=lambda file: -len(file.parts))
+    return list({(os.path.realpath(file.parent), file.name): file for file in longest_first}.values())
 
 
 def _holds_rows(path: Path, folder: Path) -> bool:
