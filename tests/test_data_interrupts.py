@@ -103,7 +103,7 @@ def test_control_c_while_the_file_is_written(
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs to see what a process has open")
 def test_a_real_process_that_reads_is_stopped_with_one_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(pair(n) for n in range(400_000)))
+    path.write_text("".join(pair(n) for n in range(120_000)))
     command = [sys.executable, "-m", "myna.cli", *COMMANDS["convert"]]
     process = subprocess.Popen(
         command,
@@ -189,7 +189,9 @@ def replace(path: Path) -> None:
     os.replace(other, path)
 
 
-@pytest.mark.parametrize("change", [grow, replace, Path.touch, lambda path: path.write_text(pair(7) * 3)])
+@pytest.mark.parametrize(
+    "change", [grow, replace, Path.touch, Path.unlink, lambda path: path.write_text(pair(7) * 3)]
+)
 def test_a_file_that_changes_while_it_is_read_is_refused(
     myna: Command, rows: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
 ) -> None:
@@ -198,12 +200,26 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
     (error,) = read_conversations(rows).faults
     assert (error.code, error.where, error.message) == ("D007", str(rows), "changed while it was read")
     assert "nothing writes to it" in str(error.help)
+    content = pair(1) + pair(2) + pair(3)
     for arguments in (COMMANDS["check"], [*COMMANDS["convert"], "--on-bad-row", "skip"]):
+        rows.write_text(content)
         done = myna(*arguments)
         assert done.returncode == 3 and "changed while it was read" in done.stdout + done.stderr
     assert not (rows.parent / "out.jsonl").exists()
+    rows.write_text(content)
     with pytest.raises(DataError, match="changed while it was read"):
         load_conversations(rows, skip_bad=True)
+
+
+def test_a_disk_that_breaks_while_it_is_read(
+    myna: Command, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    during_reading(monkeypatch, broken)
+    done = myna(*COMMANDS["convert"], "--on-bad-row", "skip")
+    assert done.returncode == 3 and one_line(done.stderr) and "Input/output error" in done.stderr
 
 
 def test_a_file_that_stays_is_read(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:

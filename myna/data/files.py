@@ -52,7 +52,7 @@ def refuse_unreadable(path: Path, suffixes: Iterable[str]) -> None:
     except DamagedArchiveError as error:
         raise damaged(path, error) from error
     except OSError as error:
-        raise fault("D007", f"cannot be read: {error.strerror or error}", where=str(path)) from error
+        raise unreadable(path, error) from error
     if empty:
         raise no_rows(path)
 
@@ -67,10 +67,18 @@ def damaged(path: Path, error: DamagedArchiveError, *, num_rows: int = 0) -> Dat
     return fault("D007", f"{error}{after}", where=str(path), help=error.cure, ends_reading=True)
 
 
-def stamp_of(path: Path) -> tuple[int, int, int]:
-    """What is another once a file is written to or replaced: its inode, size and time of change."""
-    told = path.stat()
+def stamp_of(path: Path) -> tuple[int, int, int] | None:
+    """What is another once a file is written to, replaced or gone: its inode, size and time of change."""
+    try:
+        told = path.stat()
+    except OSError:
+        return None
     return told.st_ino, told.st_size, told.st_mtime_ns
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """A file that the system stops giving out: rights, a broken disk, a server that is gone."""
+    return fault("D007", f"cannot be read: {error.strerror or error}", where=str(path), ends_reading=True)
 
 
 def changed(path: Path) -> DataError:

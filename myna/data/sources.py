@@ -11,7 +11,7 @@ from pathlib import Path
 from myna.data.check import fault
 from myna.data.column_rows import scan_arrow, scan_parquet, scan_xlsx
 from myna.data.conversation import Row
-from myna.data.files import changed, damaged, no_rows, refuse_unreadable, sha256_of, stamp_of
+from myna.data.files import changed, damaged, no_rows, refuse_unreadable, sha256_of, stamp_of, unreadable
 from myna.data.json_rows import scan_json, scan_jsonl
 from myna.data.opened import DamagedArchiveError, row_suffix
 from myna.data.table_rows import scan_csv, scan_tsv
@@ -113,6 +113,9 @@ def _scan(files: list[Path], max_rows: int | None) -> Iterator[Row | DataError]:
         except DamagedArchiveError as error:
             num_rows += 1
             yield damaged(file, error, num_rows=num_rows - before - 1)
+        except OSError as error:
+            num_rows += 1
+            yield unreadable(file, error)
         except DataError as error:
             if len(files) == 1:
                 raise
