@@ -27,8 +27,16 @@ from myna.given_rows import give_rows
 from myna.model.hub import PREFIX, fetch_repository
 from myna.model.load import read_config
 from myna.model.sources import PACKAGED, BaseFiles, Say, model_folder, resolve_base
-from myna.prepare import DEFAULT_MAX_LENGTH, LIBRARIES, save_tokenizer
-from myna.recipe import DataSettings, GivenData, GivenRecipe, ModelSettings, RunSettings, recipe_yaml
+from myna.prepare import LIBRARIES, save_tokenizer
+from myna.recipe import (
+    DEFAULT_MAX_LENGTH,
+    DataSettings,
+    GivenData,
+    GivenRecipe,
+    ModelSettings,
+    RunSettings,
+    recipe_yaml,
+)
 from myna.run import (
     RUNS_DIR,
     Run,

@@ -15,7 +15,11 @@ from myna.errors import DataError, UsageError
 from myna.terminal import AsJson, new_console, one_line, print_json
 
 if TYPE_CHECKING:
-    from myna.recipe import DataSettings
+    from myna.data.token_checks import TokenSettings
+    from myna.recipe import DataSettings, Recipe
+
+RECIPES = (".yaml", ".yml")
+NO_RECIPE = "tokens: give a recipe in place of the rows (`myna init ROWS` writes one)"
 
 
 class BadRow(StrEnum):
@@ -48,6 +52,12 @@ def check(
         bool, typer.Option(help="look for secrets and personal data too, which takes long")
     ] = True,
     near: Annotated[bool, typer.Option(help="look for near duplicates too, which takes long")] = True,
+    tokens: Annotated[
+        bool, typer.Option(help="count tokens, where a recipe names a base that is on this disk")
+    ] = True,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="write what is found as a page too")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Every fault with file, line, code and cure; exit 3 where a row cannot be used, 0 with warnings alone."""
@@ -55,12 +65,19 @@ def check(
 
     rows, test, wanted, settings = _settings(path, overrides)
     on_bad_row = on_bad_row or wanted
+    counting = _counting(path, overrides) if tokens else {}
     keep = on_bad_row == BadRow.quarantine
     files = {"train": (rows, settings)} | _other_files(path, overrides)
     reviews, kept = {}, {}
     for name, (file, own) in files.items():
         reviews[name] = review = review_rows(
-            file, test=test, private=private, near=near, keep_faults=keep, **own
+            file,
+            test=test,
+            private=private,
+            near=near,
+            tokens=counting.get(name, NO_RECIPE if tokens else None),
+            keep_faults=keep,
+            **own,
         )
         kept[name] = _quarantine(review.faults, Path(_stem(file)), on_bad_row)
         if not as_json:
@@ -70,8 +87,28 @@ def check(
     if as_json:
         told = {name: review.as_json() | {"quarantine": kept[name]} for name, review in reviews.items()}
         print_json(told.pop("train") | ({"others": told} if told else {}))
+    if html is not None:
+        _write_page(html, reviews)
     if any(one.num_errors and (on_bad_row == BadRow.fail or not one.usable) for one in reviews.values()):
         raise typer.Exit(DataError.exit_code)
+
+
+def _counting(path: str, overrides: list[str] | None) -> dict[str, TokenSettings | str]:
+    """Of each file of a recipe what its tokens are counted with, or why they are not."""
+    from myna.data.sides import row_files
+    from myna.token_settings import token_settings
+
+    if Path(path).suffix.lower() not in RECIPES:
+        return {}
+    recipe = _recipe(path, overrides)
+    return {name: token_settings(recipe, data) for name, (_, data) in row_files(recipe.data).items()}
+
+
+def _write_page(path: Path, reviews: Mapping[str, Any]) -> None:
+    from myna.review_page import review_page
+    from myna.run import write_text
+
+    write_text(path, review_page(reviews))
 
 
 def convert(
@@ -154,13 +191,17 @@ def _other_files(path: str, overrides: list[str] | None) -> dict[str, tuple[Path
 
 
 def _data(path: str, overrides: list[str] | None) -> DataSettings:
+    return _recipe(path, overrides).data
+
+
+def _recipe(path: str, overrides: list[str] | None) -> Recipe:
     from myna.recipe import build_recipe, load_recipe
 
     if not path.isascii() and any("\ud800" <= character <= "\udfff" for character in path):
         raise UsageError("the name is not UTF-8", where=path, help="rename it, or give its folder")
-    if Path(path).suffix.lower() in (".yaml", ".yml"):
-        return load_recipe(Path(path), overrides or []).data
-    return build_recipe({"data": {"train": path}}, overrides or []).data
+    if Path(path).suffix.lower() in RECIPES:
+        return load_recipe(Path(path), overrides or [])
+    return build_recipe({"data": {"train": path}}, overrides or [])
 
 
 def _reading(data: DataSettings) -> Mapping[str, Any]:

@@ -23,12 +23,11 @@ from myna.model.load import read_config
 from myna.model.sources import PACKAGED, BaseFiles, Say, resolve_base
 from myna.pack_facts import PackFacts, first_packs
 from myna.plan import FrozenPlan, freeze_plan, read_plan, this_machine
-from myna.recipe import Recipe, recipe_yaml
+from myna.recipe import DEFAULT_MAX_LENGTH, Recipe, recipe_yaml
 from myna.rendering import render_parts, short_enough, validation_examples
 from myna.run import Run, new_directory, timestamp, write_json, write_text
 from myna.stored import pinned_base, stored_recipe
 
-DEFAULT_MAX_LENGTH = 2048
 DEFAULT_PACK_TOKENS = 1024  # on a CPU a larger pack is no faster and takes about 1.5 MB more a token
 # Settings that a resumed run may change: they do not touch what is trained.
 FREE_SETTINGS = (

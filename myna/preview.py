@@ -18,8 +18,7 @@ from myna.data.rows import load_rows, read_conversations, reading_of
 from myna.data.sides import row_files
 from myna.errors import DataError, UsageError
 from myna.model.sources import resolve_base
-from myna.prepare import DEFAULT_MAX_LENGTH
-from myna.recipe import DataSettings, Recipe
+from myna.recipe import DEFAULT_MAX_LENGTH, DataSettings, Recipe
 
 TRAINED, MASKED = "bold green", "dim"
 PLACED = re.compile(r"(?P<path>.+?):(?: row)? ?(?P<line>[0-9]+)(?:, (?P<part>.*))?")

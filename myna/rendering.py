@@ -11,9 +11,7 @@ from myna.data.render import ChatTokenizer, Example, render_example
 from myna.data.sides import Learnt
 from myna.errors import DataError
 from myna.model.sources import Say
-from myna.recipe import Recipe
-
-ALLOWED_CUT = 0.01  # the part of the rows that may be cut without being asked for
+from myna.recipe import ALLOWED_CUT, Recipe
 
 
 def render_parts(

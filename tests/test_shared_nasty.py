@@ -13,8 +13,8 @@ from myna.data.conversation import Conversation, Place
 from myna.data.render import load_chat_tokenizer, render_prompt
 from myna.data.rows import ReadRows, read_conversations
 from myna.errors import DataError
-from myna.prepare import render_rows
 from myna.recipe import build_recipe
+from myna.rendering import render_rows
 
 
 def codes_at(read: ReadRows) -> dict[int, str]:

@@ -40,6 +40,10 @@ CODES: Mapping[str, str] = {
     "D036": "a secret or personal data",
     "D037": "the character NUL",
     "D038": "nearly the same conversation",
+    # what only a tokenizer tells
+    "D040": "more tokens than are read",
+    "D041": "nothing to learn",
+    "D042": "a row that the base's template refuses",
 }
 
 # What to do where the place of a fault knows nothing better. From D030 on every warning says its own.

@@ -3,7 +3,8 @@
 Broder, On the resemblance and containment of documents (1997): the share of equal minima estimates the share of runs that
 two texts have in common, with 128 of them to 0.03 (standard error at 0.85). Candidates come out of 16 bands of 8 minima
 each, which leave out 1 % of those with 85 % in common. Words that all rows begin with, an instruction above each question,
-are not compared: they would make rows alike that are not.
+are not compared: they would make rows alike that are not. For the same reason the end of the prompt and the beginning of the
+answer have to be alike too: many questions may be asked of one text.
 """
 
 from __future__ import annotations
@@ -19,8 +20,20 @@ NUM_MINIMA, NUM_BANDS, SEED = 128, 16, 42
 ALIKE = 0.85  # the part of their runs of words that two rows have in common
 RUN = 3  # words
 FEWEST_WORDS = 8  # of shorter rows three words of each are too many to tell by
+BORDER = 12  # words on either side of where the answer begins
+BORDER_ALIKE = 0.6  # the part of these words, whatever their order
 AT_ONCE = 1000
 MOST_ROWS = 1_000_000  # about 1 kB of memory each
+
+
+class _Row:
+    """A conversation: its number, the hash of its text, the words around the beginning of its answer, its minima."""
+
+    __slots__ = ("border", "minima", "number", "text")
+
+    def __init__(self, number: int, text: int, border: frozenset[str]) -> None:
+        self.number, self.text, self.border = number, text, border
+        self.minima: Any = None
 
 
 class NearDuplicates:
@@ -30,8 +43,8 @@ class NearDuplicates:
         import rensa
 
         self._minhash, self._index = rensa.RMinHash, rensa.RMinHashLSH(0.5, NUM_MINIMA, NUM_BANDS)
-        self._kept: dict[int, tuple[Any, int]] = {}  # by number: the minima and the text's hash
-        self._waiting: list[tuple[int, list[str], int]] = []
+        self._kept: dict[int, _Row] = {}
+        self._waiting: list[tuple[_Row, list[str]]] = []
         self._num_common: int | None = None
         self._number = 0
         self.count = 0
@@ -44,8 +57,11 @@ class NearDuplicates:
 
     def look(self, conversation: Conversation) -> None:
         if self._number < MOST_ROWS:
-            text = "\n".join([m.content for m in conversation.messages if m.role != "system"])
-            self._waiting.append((self._number, text.split(), hash(text)))
+            turns = [m.content for m in conversation.messages if m.role != "system"]
+            text = "\n".join(turns)
+            asked = turns[-2].split()[-BORDER:] if len(turns) > 1 else []
+            border = frozenset(asked + turns[-1].split()[:BORDER])
+            self._waiting.append((_Row(self._number, hash(text), border), text.split()))
             if len(self._waiting) == AT_ONCE:
                 self._compare()
         self._number += 1
@@ -55,23 +71,26 @@ class NearDuplicates:
 
     def _compare(self) -> None:
         if self._num_common is None:
-            self._num_common = _num_common_words([words for _, words, _ in self._waiting])
-        rows = [(n, words[self._num_common :], text) for n, words, text in self._waiting]
-        rows = [row for row in rows if len(row[1]) >= FEWEST_WORDS]
+            self._num_common = _num_common_words([words for _, words in self._waiting])
+        rows = [(row, words[self._num_common :]) for row, words in self._waiting]
+        rows = [(row, words) for row, words in rows if len(words) >= FEWEST_WORDS]
         self._waiting.clear()
-        minima = self._minhash.from_token_sets([_runs(words) for _, words, _ in rows], NUM_MINIMA, SEED)
-        for (number, _, text), found in zip(rows, minima, strict=True):
-            like = min((key for key in self._index.query(found) if self._is_like(found, key)), default=None)
+        minima = self._minhash.from_token_sets([_runs(words) for _, words in rows], NUM_MINIMA, SEED)
+        for (row, _), found in zip(rows, minima, strict=True):
+            alike = (key for key in self._index.query(found) if self._is_like(row, found, self._kept[key]))
+            like = min(alike, default=None)
             if like is None:
-                self._index.insert(number, found)
-                self._kept[number] = (found, text)
-            elif self._kept[like][1] != text:  # what is the same to the letter is told of by itself
+                self._index.insert(row.number, found)
+                row.minima = found
+                self._kept[row.number] = row
+            elif self._kept[like].text != row.text:  # what is the same to the letter is told of by itself
                 self.count += 1
                 if len(self.first) < SHOWN_PLACES:
-                    self.first.append((number, like))
+                    self.first.append((row.number, like))
 
-    def _is_like(self, minima: Any, key: int) -> bool:
-        return bool(minima.jaccard(self._kept[key][0]) >= ALIKE)
+    def _is_like(self, row: _Row, minima: Any, other: _Row) -> bool:
+        shared, every = row.border & other.border, row.border | other.border
+        return len(shared) >= BORDER_ALIKE * len(every) and minima.jaccard(other.minima) >= ALIKE
 
 
 def _runs(words: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from myna.data.check import named
 from myna.data.conversation import Conversation, Place
@@ -21,8 +21,10 @@ from myna.data.stream import AnySink, Streamed, stream_rows
 from myna.data.warned import Warnings
 from myna.errors import DataError
 
+if TYPE_CHECKING:
+    from myna.data.token_checks import TokenChecks, TokenCounts, TokenSettings
+
 LONGEST = 2**32 - 1  # characters that are held of a length
-NEEDS_TOKENS = "length in tokens: with a recipe, `myna data show` and `myna train` tell"
 SCRIPTS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("Latin", re.compile(r"[A-Za-zÀ-ɏ]")),
     ("Greek", re.compile(r"[\u0370-\u03ff]")),
@@ -60,6 +62,7 @@ class Review:
     scripts: Mapping[str, int]
     findings: tuple[Finding, ...]
     not_checked: tuple[str, ...]
+    tokens: TokenCounts | None
     trained: bool
     usable: bool
     faults: tuple[DataError, ...]
@@ -71,7 +74,9 @@ class Review:
     def as_json(self) -> dict[str, Any]:
         """What `--json` prints: all but the single faults, which the findings count."""
         told = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "faults"}
-        return told | {"findings": [asdict(one) for one in self.findings], "num_errors": self.num_errors}
+        findings = [asdict(one) for one in self.findings]
+        tokens = self.tokens and self.tokens.as_json()
+        return told | {"findings": findings, "tokens": tokens, "num_errors": self.num_errors}
 
     def as_lines(self) -> Iterator[tuple[str, str]]:
         """(label, text) of the summary."""
@@ -86,6 +91,8 @@ class Review:
                 "length",
                 f"{self.middle:,} characters in the middle, {self.longest:,} at most ({self.longest_place})",
             )
+        if self.tokens is not None:
+            yield from self.tokens.as_lines()
         if self.scripts:
             yield "scripts", ", ".join(f"{name} {count:,}" for name, count in self.scripts.items())
         if self.ignored:
@@ -105,19 +112,21 @@ def review_rows(
     test: Path | None = None,
     private: bool = True,
     near: bool = True,
+    tokens: TokenSettings | str | None = None,
     keep_faults: bool = False,
 ) -> Review:
     """Reads every row of `path` and looks at every conversation; of the rows nothing is held but 28 bytes each.
 
     `test` are held-out rows, whose prompts should not stand in `path` too. `private` also looks for secrets and personal
-    data, `near` for near duplicates; `keep_faults` gives every single fault too. RecipeError where `format_name` or
-    `columns` cannot be; what is wrong with rows is in the answer.
+    data, `near` for near duplicates. With `tokens` they are counted (4 bytes more of each; a text says why they are not).
+    `keep_faults` gives every single fault too. RecipeError where `format_name` or `columns` cannot be; what is wrong with
+    rows is in the answer.
     """
     settings: dict[str, Any] = {"format_name": format_name, "columns": columns, "reading": reading}
     held_out = _stream_or_fault(test, _HeldOut, **settings).sink if test else _HeldOut()
     read = _stream_or_fault(
         path,
-        lambda: _Checks(held_out.digests, private=private, near=near, keep_faults=keep_faults),
+        lambda: _Checks(held_out.digests, private=private, near=near, tokens=tokens, keep_faults=keep_faults),
         **settings,
     )
     checks = read.sink
@@ -151,11 +160,24 @@ class _HeldOut:
 class _Checks:
     """All that is looked for in rows, and what a summary of them says. A conversation costs 28 bytes."""
 
-    def __init__(self, held_out: Digests, *, private: bool, near: bool, keep_faults: bool) -> None:
+    def __init__(
+        self,
+        held_out: Digests,
+        *,
+        private: bool,
+        near: bool,
+        tokens: TokenSettings | str | None,
+        keep_faults: bool,
+    ) -> None:
         self._faults: list[DataError] | None = [] if keep_faults else None
         self._ended = False
         self._findings = Findings()
         self._warnings = Warnings(self._findings, held_out=held_out, private=private, near=near)
+        self._not_checked = [tokens] if isinstance(tokens, str) else []
+        self._tokens = (
+            None if tokens is None or isinstance(tokens, str) else _token_checks(tokens, self._findings)
+        )
+        self._token_counts: TokenCounts | None = None
         self._lengths = array("I")
         self._longest: Conversation | None = None
         self._num_turns = self._answered = self._num_characters = self._most = 0
@@ -177,6 +199,8 @@ class _Checks:
         for script in scripts_of(text):
             self._scripts[script] += 1
         self._warnings.look(conversation, text)
+        if self._tokens is not None:
+            self._tokens.look(conversation)
 
     def refuse(self, fault: DataError) -> None:
         if self._faults is not None:
@@ -185,6 +209,8 @@ class _Checks:
         self._findings.refuse(fault)
 
     def finish(self, places: Callable[[Sequence[int]], Mapping[int, Place | None]]) -> None:
+        if self._tokens is not None:
+            self._token_counts = self._tokens.finish()
         digests = self._warnings.digests
         if digests.has_parts:
             self._warnings.finish(places)
@@ -210,11 +236,18 @@ class _Checks:
             longest_place=str(self._longest.place) if self._longest else "",
             scripts=dict(self._scripts.most_common()),
             findings=tuple(self._findings),
-            not_checked=(*self._warnings.not_checked, NEEDS_TOKENS),
+            not_checked=(*self._warnings.not_checked, *self._not_checked),
+            tokens=self._token_counts,
             trained=shape is None or shape.trained,
             usable=num_conversations > 0 and not self._ended,
             faults=tuple(self._faults or ()),
         )
+
+
+def _token_checks(settings: TokenSettings, findings: Findings) -> TokenChecks:
+    from myna.data.token_checks import TokenChecks
+
+    return TokenChecks(settings, findings)
 
 
 class _Places:

@@ -16,6 +16,7 @@ from myna.data.findings import Findings
 from myna.data.render import ChatTokenizer, load_chat_tokenizer
 from myna.data.render_many import AT_ONCE, Rendered, render_many
 from myna.errors import DataError, ModelError
+from myna.recipe import ALLOWED_CUT, DataSettings
 
 FIRST_BAR = 32  # tokens; each bar reaches twice as far as the one before
 BARS = " ▁▂▃▄▅▆▇█"
@@ -28,10 +29,7 @@ class TokenSettings:
     base: str
     tokenizer_dir: Path
     max_length: int
-    cut_long: bool
-    allowed_cut: float
-    system: str | None
-    last_turn_only: bool
+    data: DataSettings
 
 
 @dataclass(frozen=True)
@@ -79,16 +77,16 @@ class TokenChecks:
         self._refused = False
 
     def look(self, conversation: Conversation) -> None:
-        if self._settings.last_turn_only:
+        if self._settings.data.train_on == "last":
             conversation = conversation.last_turn_trained()
-        self._waiting.append(conversation.with_system(self._settings.system))
+        self._waiting.append(conversation.with_system(self._settings.data.system))
         if len(self._waiting) == AT_ONCE:
             self._count()
 
     def finish(self) -> TokenCounts:
         self._count()
         settings, num_rows = self._settings, len(self._lengths)
-        if self._num_cut > settings.allowed_cut * num_rows and not settings.cut_long:
+        if self._num_cut > ALLOWED_CUT * num_rows and not settings.data.cut_long:
             message = f"{self._num_cut:,} of {num_rows:,} rows are longer than {settings.max_length:,} tokens"
             cure = f"--set data.max_length={self._most} keeps them whole; --set data.cut_long=true cuts them"
             self._findings.refuse(fault("D040", message, where=self._longest, help=cure))
@@ -135,13 +133,14 @@ class TokenChecks:
         if row.num_cut:
             self._num_cut += 1
             message = f"{length:,} tokens, of which {row.num_cut:,} are cut from its end"
-            self._findings.warn("D040", row.place, message, f"--set data.max_length={length} keeps it whole")
+            self._findings.warn("D040", row.place, message, LONGER)
         if not row.num_targets:
             self._num_masked += 1
             message = "no token of it is learnt: what is left of it is prompt, or every answer has weight 0"
             self._findings.warn("D041", row.place, message, "it is left out of training: shorten its prompt")
 
 
+LONGER = "a larger data.max_length keeps it whole, as far as the base reads"
 OTHER_BASE = "change the row, or take a base whose template takes it"
 
 

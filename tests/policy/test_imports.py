@@ -35,6 +35,8 @@ DIRECTION = (
     "evaluate",
     "verify",
     "preview_page",
+    "review_page",
+    "token_settings",
     "pipeline",
     "serve",
     "ship",
