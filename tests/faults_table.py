@@ -76,6 +76,8 @@ def bytes_in(column: list[bytes]) -> bytes:
     )
 
 
+LONG = " ".join(f"word{n}" for n in range(60))
+
 FAULTS: Mapping[str, Fault] = {
     # what cannot be read as a row
     "a key without quotes": Fault(
@@ -387,6 +389,12 @@ FAULTS: Mapping[str, Fault] = {
         "its prompt stands in the test rows too",
         "left out",
         warned([*PAIRS, pair("held out")], test=as_jsonl([pair("held out", "b")])),
+    ),
+    "nearly the same conversation": Fault(
+        "D038",
+        "nearly the same words as (row )?[12]",
+        "near|copies|keep",
+        warned([pair(LONG, "an answer"), *PAIRS, pair(LONG + " thanks", "an answer")]),
     ),
     "one answer nearly always": Fault(
         "D033",
