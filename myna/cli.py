@@ -124,7 +124,7 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Look at a data file and write a commented recipe.yaml here."""
-    from myna.pipeline import init_recipe
+    from myna.first_recipe import init_recipe
 
     path, said = init_recipe(rows, Path("recipe.yaml"), overwrite=yes)
     if as_json:

@@ -5,15 +5,13 @@ recipe ─ train ─► adapter/ ─ merge ─► merged/ ─ export ─► gguf
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from myna.data.rows import load_conversations
 from myna.data.sides import row_paths
 from myna.data.sources import is_there
 from myna.engine.memory import forget_models
@@ -23,8 +21,8 @@ from myna.evaluate.stage import evaluate_stage
 from myna.export.stage import export_stage, merge_stage, require_types
 from myna.plan import unused_settings
 from myna.prepare import keep_trained, prepare
-from myna.recipe import Recipe, setting_lines
-from myna.run import Run, file_sha256, lock_run, read_json, run_files, write_text
+from myna.recipe import Recipe
+from myna.run import Run, file_sha256, lock_run, read_json, run_files
 from myna.show import Show
 from myna.stored import is_adopted, refuse_existing, run_of, stored_recipe
 
@@ -156,35 +154,3 @@ def _num_parameters(run: Run) -> int:
     with safe_open(run.adapter_dir / "adapter_model.safetensors", framework="np") as tensors:
         shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 - not a dict
     return sum(int(rows) * int(columns) for rows, columns in shapes)
-
-
-def init_recipe(rows: Path, path: Path, *, overwrite: bool = False) -> tuple[Path, list[str]]:
-    """Looks at a data file and writes a commented recipe for it; returns its path and what was found out.
-
-    Raises DataError for rows that cannot be used, UsageError where the recipe is there already.
-    """
-    if path.exists() and not overwrite:
-        raise UsageError(
-            "there is a recipe already", where=str(path), help=f"myna init {rows} --yes replaces it"
-        )
-    loaded = load_conversations(rows)
-    chosen = {"model.base": "smollm2-135m", "data.train": json.dumps(str(rows), ensure_ascii=False)}
-    chosen |= {"export.quantize": "[Q4_K_M, Q8_0]"}
-    lines = [f"# {sentence}" for sentence in loaded.said]
-    lines += ["# Lines that are commented out show the default.", ""]
-    block = ""
-    for key, default, description in setting_lines():
-        section, name = key.split(".")
-        if section != block:
-            block = section
-            lines += [""] if lines[-1] else []
-            lines.append(f"{section}:" if _has_choice(section, chosen) else f"# {section}:")
-        value = chosen.get(key)
-        shown = f"  {name}: {value}" if value else f"  # {name}: {default}".rstrip()
-        lines.append(f"{shown:<40}  # {description}")
-    write_text(path, "\n".join(lines) + "\n")
-    return path, list(loaded.said)
-
-
-def _has_choice(section: str, chosen: Mapping[str, str]) -> bool:
-    return any(key.startswith(f"{section}.") for key in chosen)

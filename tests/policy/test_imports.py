@@ -14,6 +14,7 @@ DIRECTION = (
     "run",
     "show",
     "data",
+    "first_recipe",
     "model",
     "adapters",
     "engine",

@@ -29,6 +29,7 @@ LIGHT_MODULES = (
     "engine.compiler",
     "evaluate.report",
     "evaluate.scorers",
+    "first_recipe",
     "machine",
     "talk",
     "terminal",
