@@ -76,6 +76,7 @@ def bytes_in(column: list[bytes]) -> bytes:
     )
 
 
+CALL = {"type": "function", "id": "c1", "function": {"name": "look", "arguments": "{}"}}
 LONG = " ".join(f"word{n}" for n in range(60))
 
 FAULTS: Mapping[str, Fault] = {
@@ -356,6 +357,24 @@ FAULTS: Mapping[str, Fault] = {
         "message 2: `weight` is 2",
         "make it 0 or 1",
         in_chat("user: q", turn("assistant", "a") | {"weight": 2}),
+    ),
+    "a result that nothing calls": Fault(
+        "D019", "message 2 is a tool's result", "tool_calls", in_chat("user: q", "tool: 7", "assistant: a")
+    ),
+    "a call that gets no result": Fault(
+        "D019",
+        "message 3 comes before the result of a call",
+        "one result for each",
+        row_at(
+            chat("user: q", turn("assistant") | {"tool_calls": [CALL]}, "user: r", "assistant: a"),
+            CHATS,
+            OBJECTS,
+        )
+        | CELLS
+        | whole(
+            [chat("user: q", turn("assistant") | {"tool_calls": [CALL]}, "user: r", "assistant: a")] * 2,
+            [PARQUET],
+        ),
     ),
     "a pair of equal answers": Fault(
         "D018",

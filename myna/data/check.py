@@ -64,6 +64,7 @@ CURES: Mapping[str, str] = {
     "D016": "put the turns in order, or take the row out: user and assistant in turn, the assistant last",
     "D017": "take it out of the row, or take the row out",
     "D018": "a pair is two different answers to one prompt",
+    "D019": "one result for each call, the calls as objects with a name and arguments; or take the row out",
     "D020": "bring more rows, or ask for less of them: data.test_fraction, data.language",
 }
 
