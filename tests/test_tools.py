@@ -15,6 +15,7 @@ from myna.data.conversation import Conversation, Message, Place, ToolCall
 from myna.data.repeats import written
 from myna.data.rows import ReadRows, as_row, read_conversations
 from myna.data.split import _digest, drop_overlap
+from myna.data.spool import Spool
 from myna.errors import DataError
 
 
@@ -323,6 +324,13 @@ def test_public_descriptions_are_read(shared_data: Path, tmp_path: Path) -> None
     assert len(found.conversations) == len(rows) and not found.faults
     again = read(tmp_path, *map(as_row, found.conversations))
     assert [c.tools for c in again.conversations] == [c.tools for c in found.conversations]
+
+
+def test_conversations_on_disk_keep_their_tools(tmp_path: Path) -> None:
+    made = [one(tmp_path, values) for values in (row(), tool_rows.parallel_row())]
+    spool = Spool(tmp_path, held=0)
+    spool.extend(made)
+    assert list(spool) == made and spool[1] == made[1]
 
 
 def test_digests_know_tools_and_not_ids(tmp_path: Path) -> None:

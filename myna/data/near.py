@@ -57,7 +57,7 @@ class NearDuplicates:
 
     def look(self, conversation: Conversation) -> None:
         if self._number < MOST_ROWS:
-            turns = [m.content for m in conversation.messages if m.role != "system"]
+            turns = [m.text for m in conversation.messages if m.role != "system"]
             text = "\n".join(turns)
             asked = turns[-2].split()[-BORDER:] if len(turns) > 1 else []
             border = frozenset(asked + turns[-1].split()[:BORDER])
