@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import tool_rows
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tool_rows import ARGUMENTS, CLOCK, TOOLS, WEATHER, call, row
 
-from myna.data.conversation import Conversation, Message, Place, ToolCall
+from myna.data.conversation import Conversation, Message, Place, Row, ToolCall
+from myna.data.formats import to_conversations
 from myna.data.repeats import written
 from myna.data.rows import ReadRows, as_row, read_conversations
 from myna.data.split import _digest, drop_overlap
@@ -353,3 +356,51 @@ def test_digests_of_ordinary_rows_are_what_they_were() -> None:
     plain = Conversation((Message("system", "s"), Message("user", "é\n"), Message("assistant", "a")))
     assert _digest(plain, 7) == "28ba63884e8f5ecb3d9131ef7f2a289f41b857a8c089759855ce64ffd56b20f1"
     assert written(plain.messages[:-1]) == "system\x1fs\x1euser\x1fé\n".encode()
+
+
+SCALARS: Any = st.sampled_from(
+    ["", "c1", "f", "{}", '{"a": 1}', "[", "\ud83d", None, True, 0, 1.5, float("inf"), 10**400]
+)
+ANY: Any = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["name", "arguments", "function", "id", "type"]), inner)
+    ),
+    max_leaves=5,
+)
+ARGUMENTS_AS: Any = st.sampled_from(["{}", '{"a": [1.0]}', {"b": None}, "x"])
+CALLS: Any = st.builds(lambda id, arguments: call(id, "f", arguments), SCALARS, ARGUMENTS_AS)
+TAGGED = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+VALUES_OF = st.sampled_from(["a", '[{"name": "f", "arguments": {}}]', TAGGED, "[1, 2]"])
+TURNS: Any = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": st.sampled_from(["user", "assistant", "tool", "function", "developer", 7]),
+        "from": st.sampled_from(["human", "gpt", "function_call", "observation", "tool", None]),
+        "content": st.sampled_from(["a", "", None, "<tool_call>{}</tool_call>", 3]),
+        "value": VALUES_OF,
+        "tool_calls": st.lists(CALLS, max_size=2) | ANY,
+        "function_call": ANY,
+        "tool_call_id": SCALARS,
+        "name": SCALARS,
+    },
+)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    turns=st.lists(TURNS, min_size=1, max_size=5),
+    tools=st.lists(ANY, max_size=2) | ANY,
+    key=st.sampled_from(["messages", "conversations"]),
+)
+def test_any_values_are_read_or_refused(turns: list[Any], tools: Any, key: str) -> None:
+    """Nothing but faults comes of odd values, and what is read is written and read back as the same."""
+    place = Place("t.jsonl", 1)
+    shape = {"messages": "messages", "conversations": "sharegpt"}[key]
+    (found,) = to_conversations(Row({key: turns, "tools": tools}, place), shape, {})
+    if isinstance(found, DataError):
+        assert found.code and found.place == place
+        return
+    (again,) = to_conversations(Row(json.loads(json.dumps(as_row(found))), place), "messages", {})
+    assert again == found
