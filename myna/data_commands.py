@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,7 +31,11 @@ class BadRow(StrEnum):
 
 
 RowsPath = Annotated[
-    str, typer.Argument(metavar="PATH|RECIPE", help="rows (a file, a folder, a pattern), or a recipe.yaml")
+    str,
+    typer.Argument(
+        metavar="PATH|RECIPE|-",
+        help="rows (a file, a folder, a pattern; `-`: standard input), or a recipe.yaml",
+    ),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a setting of the recipe")
@@ -62,31 +66,34 @@ def check(
 ) -> None:
     """Every fault with file, line, code and cure; exit 3 where a row cannot be used, 0 with warnings alone."""
     from myna.data.review import review_rows
+    from myna.data.stdin_rows import spooled
 
-    rows, test, wanted, settings = _settings(path, overrides)
-    on_bad_row = on_bad_row or wanted
-    counting = _counting(path, overrides) if tokens else {}
-    keep = on_bad_row == BadRow.quarantine
-    files = {"train": (rows, settings)} | _other_files(path, overrides)
-    reviews, kept = {}, {}
-    for name, (file, own) in files.items():
-        reviews[name] = review = review_rows(
-            file,
-            test=test,
-            private=private,
-            near=near,
-            tokens=counting.get(name, NO_RECIPE if tokens else None),
-            keep_faults=keep,
-            **own,
-        )
-        kept[name] = _quarantine(review.faults, Path(_stem(file)), on_bad_row)
-        if not as_json:
-            if len(files) > 1:
-                new_console().print(f"data.{name} {file}", style="bold", markup=False, highlight=False)
-            _print(review, kept[name])
+    with spooled(path) as (path, told):
+        rows, test, wanted, settings = _settings(path, overrides)
+        on_bad_row = on_bad_row or wanted
+        counting = _counting(path, overrides) if tokens else {}
+        keep = on_bad_row == BadRow.quarantine
+        files = {"train": (rows, settings)} | _other_files(path, overrides)
+        reviews, kept = {}, {}
+        for name, (file, own) in files.items():
+            review = review_rows(
+                file,
+                test=test,
+                private=private,
+                near=near,
+                tokens=counting.get(name, NO_RECIPE if tokens else None),
+                keep_faults=keep,
+                **own,
+            )
+            kept[name] = _quarantine(review.faults, Path(_stem(file)), on_bad_row, told)
+            reviews[name] = review = told(review)
+            if not as_json:
+                if len(files) > 1:
+                    new_console().print(f"data.{name} {file}", style="bold", markup=False, highlight=False)
+                _print(review, kept[name])
     if as_json:
-        told = {name: review.as_json() | {"quarantine": kept[name]} for name, review in reviews.items()}
-        print_json(told.pop("train") | ({"others": told} if told else {}))
+        found = {name: review.as_json() | {"quarantine": kept[name]} for name, review in reviews.items()}
+        print_json(found.pop("train") | ({"others": found} if found else {}))
     if html is not None:
         _write_page(html, reviews)
     if any(one.num_errors and (on_bad_row == BadRow.fail or not one.usable) for one in reviews.values()):
@@ -122,20 +129,21 @@ def convert(
     """Rows of any shape as `messages` rows."""
     from myna.data.check import gathered
     from myna.data.rows import as_row, read_conversations
+    from myna.data.stdin_rows import spooled
     from myna.run import write_text
 
     if out.exists() and not yes:
         raise UsageError("is there already", where=str(out), help="--yes replaces it")
-    rows, _, wanted, settings = _settings(path, overrides)
-    on_bad_row = on_bad_row or wanted
-    read = read_conversations(rows, **settings)
-    read.require_trained()
-    if read.faults and (on_bad_row == BadRow.fail or not read.is_usable):
-        raise gathered(read.faults, rows)
-    kept = _quarantine(
-        read.faults, out.with_suffix(""), on_bad_row
-    )  # before out is written: it may be the rows' own file
-    lines = [json.dumps(as_row(one), ensure_ascii=False) + "\n" for one in read.conversations]
+    with spooled(path) as (path, told):
+        rows, _, wanted, settings = _settings(path, overrides)
+        on_bad_row = on_bad_row or wanted
+        read = read_conversations(rows, **settings)
+        read.require_trained()
+        if read.faults and (on_bad_row == BadRow.fail or not read.is_usable):
+            raise gathered(read.faults, rows)
+        # before out is written: it may be the rows' own file
+        kept = _quarantine(read.faults, out.with_suffix(""), on_bad_row, told)
+        lines = [json.dumps(as_row(one), ensure_ascii=False) + "\n" for one in read.conversations]
     write_text(out, "".join(lines))
     if as_json:
         print_json({"out": str(out), "rows": len(lines), "left_out": len(read.faults), "quarantine": kept})
@@ -156,7 +164,9 @@ def _stem(rows: Path) -> str:
     return path.name.partition(".")[0] or "rows"
 
 
-def _quarantine(faults: Sequence[DataError], stem: Path, on_bad_row: BadRow) -> str | None:
+def _quarantine(
+    faults: Sequence[DataError], stem: Path, on_bad_row: BadRow, told: Callable[[Any], Any]
+) -> str | None:
     """Writes the faulty rows; the file's path, None where nothing was to be written."""
     if on_bad_row != BadRow.quarantine or not faults:
         return None
@@ -165,7 +175,7 @@ def _quarantine(faults: Sequence[DataError], stem: Path, on_bad_row: BadRow) -> 
     from myna.run import write_text
 
     path = stem.with_name(f"{stem.name}{QUARANTINED}")
-    write_text(path, "".join(quarantine_lines(faults)))
+    write_text(path, "".join(told(line) for line in quarantine_lines(faults)))
     return str(path)
 
 
@@ -191,7 +201,15 @@ def _other_files(path: str, overrides: list[str] | None) -> dict[str, tuple[Path
 
 
 def _data(path: str, overrides: list[str] | None) -> DataSettings:
-    return _recipe(path, overrides).data
+    from myna.data.sides import row_paths
+    from myna.recipe import is_path
+
+    data = _recipe(path, overrides).data
+    if all(is_path(file) for file in row_paths(data)):
+        return data
+    from myna.model.hub_rows import locate_data
+
+    return locate_data(data, new_console(stderr=True).print)[0]
 
 
 def _recipe(path: str, overrides: list[str] | None) -> Recipe:

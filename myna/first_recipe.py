@@ -8,6 +8,7 @@ from pathlib import Path
 
 from myna.data.rows import load_conversations
 from myna.errors import UsageError
+from myna.model.hub_rows import locate_rows
 from myna.recipe import setting_lines
 from myna.run import write_text
 
@@ -21,7 +22,7 @@ def init_recipe(rows: Path, path: Path, *, overwrite: bool = False) -> tuple[Pat
         raise UsageError(
             "there is a recipe already", where=str(path), help=f"myna init {rows} --yes replaces it"
         )
-    loaded = load_conversations(rows)
+    loaded = load_conversations(locate_rows(rows).path)
     chosen = {"model.base": "smollm2-135m", "data.train": json.dumps(str(rows), ensure_ascii=False)}
     chosen |= {"export.quantize": "[Q4_K_M, Q8_0]"}
     lines = [f"# {sentence}" for sentence in loaded.said]

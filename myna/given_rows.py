@@ -7,7 +7,9 @@ from pathlib import Path
 
 from myna.data.render import load_chat_tokenizer
 from myna.data.rows import as_row, load_conversations
+from myna.data.text_rows import refuse_texts
 from myna.errors import DataError, UsageError
+from myna.model.hub_rows import is_hub, locate_rows
 from myna.model.sources import Say
 from myna.rendering import short_enough
 from myna.run import Run, file_sha256, lock_run, write_json, write_text
@@ -37,9 +39,11 @@ def give_rows(run: Run, rows: Path | None, say: Say) -> None:
             where=str(run.path),
             help=f"myna evaluate {run.path}",
         )
-    loaded = load_conversations(rows)
+    located = locate_rows(rows, say)
+    loaded = load_conversations(located.path)
     for sentence in loaded.said:
         say(sentence)
+    refuse_texts(sum(row.is_text for row in loaded.conversations), loaded.num_rows, str(rows))
     recipe = stored_recipe(run)
     kept = short_enough(loaded.conversations, load_chat_tokenizer(run.tokenizer_dir), recipe, say)
     if not kept:
@@ -56,8 +60,13 @@ def give_rows(run: Run, rows: Path | None, say: Say) -> None:
         if before != file_sha256(run.test_path):
             _drop_evaluation(run, say)
         info = run.info()
-        test = {"path": str(rows.resolve()), "sha256": loaded.sha256, "rows": len(kept)}
-        info["data"]["test"] = {**test, "format": loaded.format_name}
+        test = {
+            "path": str(rows if is_hub(rows) else rows.resolve()),
+            "sha256": loaded.sha256,
+            "rows": len(kept),
+        }
+        commit = {"commit": located.commit} if located.commit else {}
+        info["data"]["test"] = {**test, "format": loaded.format_name, **commit}
         info["held_out_rows"] = len(kept)
         info["digests"] |= run.digests([run.test_path])
         write_json(run.path / "run.json", info)

@@ -9,16 +9,16 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from myna.data.sides import row_paths
+from myna.data.sides import row_files
 from myna.data.sources import is_there
 from myna.engine.memory import forget_models
 from myna.errors import Interrupted, MynaError, UsageError
 from myna.evaluate.run_files import read_metrics
 from myna.evaluate.stage import evaluate_stage
 from myna.export.stage import export_stage, merge_stage, require_types
+from myna.model.hub_rows import rows_on_disk
 from myna.plan import unused_settings
 from myna.prepare import keep_trained, prepare
 from myna.recipe import Recipe
@@ -58,8 +58,7 @@ def train_stage(recipe: Recipe, *, resume: bool = False, show: Show | None = Non
     started = time.perf_counter()
     show.stage("train")
     with lock_run(run) if run.exists() else _locked_when_made(run):
-        rows = row_paths(recipe.data)
-        if run.exists() and run.stage("train") and not all(is_there(Path(path)) for path in rows):
+        if run.exists() and run.stage("train") and not _rows_are_here(recipe, run):
             keep_trained(recipe, run)
             show.say("the adapter is trained already (its rows are no longer where they were)")
             return run
@@ -154,3 +153,10 @@ def _num_parameters(run: Run) -> int:
     with safe_open(run.adapter_dir / "adapter_model.safetensors", framework="np") as tensors:
         shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 - not a dict
     return sum(int(rows) * int(columns) for rows, columns in shapes)
+
+
+def _rows_are_here(recipe: Recipe, run: Run) -> bool:
+    known = run.info().get("data", {})
+    files = row_files(recipe.data).items()
+    located = (rows_on_disk(path, known.get(name)) for name, (path, _) in files)
+    return all(one is not None and is_there(one.path) for one in located)

@@ -19,6 +19,7 @@ from myna.data.rows import LoadedRows, as_row
 from myna.data.sides import SIDES_VERSION, absolute, read_sides, row_files
 from myna.engine.optim import default_learning_rate
 from myna.errors import RecipeError
+from myna.model.hub_rows import locate_data
 from myna.model.load import read_config
 from myna.model.sources import PACKAGED, BaseFiles, Say, resolve_base
 from myna.pack_facts import PackFacts, first_packs
@@ -62,7 +63,9 @@ def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
 
     Raises DataError, ModelError, RecipeError or MachineError with nothing written but whole files.
     """
-    sides = read_sides(recipe, run.info() if run.exists() else None, say)
+    known = run.info() if run.exists() else {}
+    here, commits = locate_data(recipe.data, say, known.get("data"))
+    sides = read_sides(recipe.model_copy(update={"data": here}), known or None, say)
     base = resolve_base(pinned_base(run, recipe.model.base), say)
     config = read_config(base.folder)
     resolved = _resolve(recipe, run, config)
@@ -76,7 +79,7 @@ def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
     test = short_enough(sides.test, tokenizer, resolved, say)
     validation = short_enough(sides.validation, tokenizer, resolved, say, what="validation rows")
     validated = validation_examples(validation, tokenizer, resolved)
-    inputs = _inputs(resolved, base, sides.loaded, len(test), len(validation))
+    inputs = _inputs(resolved, base, sides.loaded, commits, len(test), len(validation))
     faults = [fault for rows in sides.loaded.values() for fault in rows.left_out]
     quarantined = "".join(quarantine_lines(faults)) if recipe.data.on_bad_row == "quarantine" else ""
     if run.exists():
@@ -101,7 +104,8 @@ def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
 
 def plan_rows(recipe: Recipe, say: Say) -> PackFacts:
     """What packing makes of a recipe's rows, without making its run."""
-    sides = read_sides(recipe, None, say)
+    here, _ = locate_data(recipe.data, say)
+    sides = read_sides(recipe.model_copy(update={"data": here}), None, say)
     base = resolve_base(recipe.model.base, say)
     config = read_config(base.folder)
     resolved = _resolve(recipe, Run(Path()), config)
@@ -159,7 +163,12 @@ def _resolve(recipe: Recipe, run: Run, config: Any) -> Recipe:
 
 
 def _inputs(
-    recipe: Recipe, base: BaseFiles, loaded: Mapping[str, LoadedRows], num_test: int, num_validation: int
+    recipe: Recipe,
+    base: BaseFiles,
+    loaded: Mapping[str, LoadedRows],
+    commits: Mapping[str, str],
+    num_test: int,
+    num_validation: int,
 ) -> dict[str, Any]:
     paths = row_files(recipe.data)
     files = {
@@ -168,6 +177,7 @@ def _inputs(
             "sha256": rows.sha256,
             "rows": rows.num_rows,
             "format": rows.format_name,
+            **({"commit": commits[name]} if name in commits else {}),
         }
         for name, rows in loaded.items()
     }

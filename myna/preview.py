@@ -17,6 +17,7 @@ from myna.data.render import IGNORE, ChatTokenizer, Example, load_chat_tokenizer
 from myna.data.rows import load_rows, read_conversations, reading_of
 from myna.data.sides import row_files
 from myna.errors import DataError, UsageError
+from myna.model.hub_rows import locate_data
 from myna.model.sources import resolve_base
 from myna.recipe import DEFAULT_MAX_LENGTH, DataSettings, Recipe
 
@@ -93,7 +94,7 @@ def preview_rows(
     recipe, as errors tell it: `orders.jsonl:17`, `orders.json: row 17`; of a place with several conversations the first
     `num_rows` are shown. DataError where there is no such row, or where it is faulty.
     """
-    data = recipe.data
+    data, _ = locate_data(recipe.data, say)
     found = (
         [one for name in chosen for one in _chosen(data, name, num_rows)]
         if chosen

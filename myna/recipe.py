@@ -70,7 +70,7 @@ class MixedRows(Section):
 
 class DataSettings(Section):
     train: PathText = Field(
-        description="rows to learn: a file, a folder of files, or a pattern of names (docs/data.md)"
+        description="rows to learn: a file, a folder of files, a pattern of names, or hf:org/name:split (docs/data.md)"
     )
     test: str | None = Field(None, description="held-out rows; default: a part of data.train")
     test_fraction: Fraction = Field(0.1, description="the part of data.train held out where no test is given")
@@ -112,6 +112,9 @@ class DataSettings(Section):
     )
     language: str | None = Field(
         None, description="of trees of replies, those in this language alone: en, de, fa"
+    )
+    assistant: str | None = Field(
+        None, description="of logs of chats: who the assistant is, where its name does not say so"
     )
     max_length: Annotated[int, Field(ge=8)] | None = Field(
         None, description="longest row in tokens; default: the model's context, at most 2048"
@@ -299,10 +302,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+def is_path(rows: str) -> bool:
+    """Whether data.train or data.test names files; rows on the hub and standard input have no folder."""
+    return bool(rows) and rows != "-" and not rows.startswith("hf:")
+
+
 def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
     for block, key in PATH_KEYS:
         section = tree.get(block)
-        if isinstance(section, dict) and isinstance(section.get(key), str) and section[key]:
+        if isinstance(section, dict) and isinstance(section.get(key), str) and is_path(section[key]):
             section[key] = str(folder / Path(section[key]).expanduser())
     data = tree.get("data")
     _resolve_mixed(data.get("mix") if isinstance(data, dict) else None, folder)
@@ -315,7 +323,7 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
 
 def _resolve_mixed(mix: Any, folder: Path) -> None:
     for entry in mix if isinstance(mix, list) else ():
-        if isinstance(entry, dict) and isinstance(entry.get("train"), str) and entry["train"]:
+        if isinstance(entry, dict) and isinstance(entry.get("train"), str) and is_path(entry["train"]):
             entry["train"] = str(folder / Path(entry["train"]).expanduser())
 
 
@@ -335,7 +343,7 @@ def _apply_override(tree: dict[str, Any], text: str) -> str:
         parsed = YAML(typ="safe").load(value) if value.strip() else None
     except YAMLError as error:
         raise UsageError(f"--set {text}: the value is not YAML: {error}") from None
-    if tuple(parts) in PATH_KEYS and isinstance(parsed, str):
+    if tuple(parts) in PATH_KEYS and isinstance(parsed, str) and is_path(parsed):
         parsed = str(Path(parsed).expanduser().resolve())
     if parts == ["data", "mix"]:
         _resolve_mixed(parsed, Path.cwd())

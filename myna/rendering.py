@@ -7,7 +7,7 @@ from pathlib import Path
 
 from myna.data.conversation import Conversation
 from myna.data.epochs import Part, rows_an_epoch
-from myna.data.render import ChatTokenizer, Example, render_example
+from myna.data.render import ChatTokenizer, Example, render_example, render_examples
 from myna.data.sides import Learnt
 from myna.errors import DataError
 from myna.model.sources import Say
@@ -40,12 +40,11 @@ def render_rows(
     max_length = recipe.data.max_length
     assert max_length is not None
     examples, first_long, num_cut, num_dropped, longest = [], "", 0, 0, 0
-    for row in rows:
-        example = render_example(row, tokenizer, max_length)
+    for example in (one for row in rows for one in render_examples(row, tokenizer, max_length)):
         longest = max(longest, len(example.input_ids_T) + example.num_cut)
         if example.num_cut:
             num_cut += 1
-            first_long = first_long or str(row.place)
+            first_long = first_long or str(example.place)
         if example.num_targets:
             examples.append(example)
         else:
@@ -60,6 +59,11 @@ def render_rows(
         )
     if not examples:
         raise DataError(f"no row is left to train on: all {len(rows)} are wholly masked", code="masked")
+    if num_texts := sum(row.is_text for row in rows):
+        pieces = len(examples) + num_dropped - len(rows) + num_texts
+        say(
+            f"{num_texts} texts in {pieces} pieces of at most {max_length} tokens: nothing of a long text is lost"
+        )
     say(
         f"{len(examples)} rows to train, {lengths[len(lengths) // 2]} tokens in the middle, {lengths[-1]} at most; "
         f"{num_cut} cut, {num_dropped} wholly masked and left out"
@@ -77,7 +81,11 @@ def short_enough(
 ) -> list[Conversation]:
     """Held-out rows that fit into data.max_length, which no runtime has to cut; how many do not is said."""
     assert recipe.data.max_length is not None
-    kept = [row for row in rows if not render_example(row, tokenizer, recipe.data.max_length).num_cut]
+    kept = [
+        row
+        for row in rows
+        if row.is_text or not render_example(row, tokenizer, recipe.data.max_length).num_cut
+    ]
     if len(kept) < len(rows):
         say(f"{len(rows) - len(kept)} {what} are longer than data.max_length and left out")
     return kept
@@ -88,7 +96,8 @@ def validation_examples(
 ) -> tuple[Example, ...]:
     """The rows of the validation loss, rendered as training rows are. DataError where none has a target token."""
     assert recipe.data.max_length is not None
-    rendered = (render_example(row, tokenizer, recipe.data.max_length) for row in rows)
+    max_length = recipe.data.max_length
+    rendered = (one for row in rows for one in render_examples(row, tokenizer, max_length))
     examples = tuple(example for example in rendered if example.num_targets)
     if rows and not examples:
         raise DataError(

@@ -9,6 +9,7 @@ from myna.data.rows import load_conversations, load_rows
 from myna.data.sources import WILD
 from myna.errors import RecipeError, UsageError
 from myna.model.hub import PREFIX
+from myna.model.hub_rows import is_hub, locate_rows, parse_rows
 from myna.model.sources import BaseFiles, Say, known_sha256, resolve_base
 from myna.recipe import GivenRecipe, Recipe, load_recipe
 from myna.run import Run, folder_files, run_path
@@ -16,7 +17,8 @@ from myna.run import Run, folder_files, run_path
 
 def run_of(recipe: Recipe) -> Run:
     """The run a recipe names: run.name, else the stem of its training file or folder, under ./runs."""
-    path = Path(recipe.data.train)
+    train = recipe.data.train
+    path = Path(parse_rows(train).repository if is_hub(train) else train)
     while not path.exists() and any(c in path.name for c in WILD):  # of a pattern the folder that it looks in
         path = path.parent
     name = recipe.run.name or path.name.partition(".")[0]
@@ -100,7 +102,9 @@ def validation_rows(run: Run) -> tuple[Conversation, ...]:
 def _kept(path: Path) -> tuple[Conversation, ...]:
     if not path.is_file():
         return ()
-    return load_conversations(path, format_name="messages").conversations
+    with path.open(encoding="utf-8") as file:
+        shape = "text" if file.readline().startswith('{"text"') else "messages"
+    return load_conversations(path, format_name=shape).conversations
 
 
 def training_rows(run: Run, max_rows: int) -> tuple[Conversation, ...]:
@@ -111,7 +115,9 @@ def training_rows(run: Run, max_rows: int) -> tuple[Conversation, ...]:
     data = stored_recipe(run).data
     if not data.train:
         return ()
-    loaded = load_rows(data.train, data, max_rows=max_rows, known=run.info()["data"].get("train"))
+    known = run.info()["data"].get("train")
+    rows_path = locate_rows(data.train, known=known).path
+    loaded = load_rows(rows_path, data, max_rows=max_rows, known=known)
     tested = {(row.messages, row.tools) for row in (*held_out(run), *validation_rows(run))}
     rows = (row.with_system(data.system) for row in loaded.conversations)
     return tuple(row for row in rows if (row.messages, row.tools) not in tested)

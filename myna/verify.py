@@ -16,6 +16,7 @@ from typing import Any, Literal
 from myna.checkpoint import list_checkpoints, verify_checkpoint
 from myna.data.sources import digest_of, is_there
 from myna.errors import MynaError
+from myna.model.hub_rows import rows_on_disk
 from myna.model.sources import base_on_disk
 from myna.run import Run, file_sha256, folder_files, read_json, run_files
 from myna.stored import is_recorded_whole, pinned_base, recorded_digests, stored_recipe
@@ -84,7 +85,12 @@ def _base(run: Run) -> Iterator[Finding]:
 def _rows(run: Run) -> Iterator[Finding]:
     """The rows where they were read from."""
     for name, file in run.info().get("data", {}).items():
-        path, told = Path(file["path"]), f"data.{name} {file['path']}"
+        told = f"data.{name} {file['path']}"
+        located = rows_on_disk(file["path"], file)
+        if located is None:
+            yield Finding("inputs", told, "gone", f"commit {file['commit']} is not on this disk")
+            continue
+        path = located.path
         if is_there(path) and not path.is_file():
             same = digest_of(path) == file["sha256"]
             yield Finding(

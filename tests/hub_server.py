@@ -3,6 +3,7 @@
 /api/models/REPO[/revision/REV]      what a revision means, and its files with sizes and digests
 /api/models/REPO/tree/COMMIT         the listing that snapshot_download reads
 /REPO/resolve/COMMIT/FILE            a file: small ones here, large ones by a redirect to the "CDN"
+/api/datasets/REPO, /datasets/REPO/resolve: the same of data sets, kept as `datasets/REPO`
 /cdn/SHA256                          on another host name of this machine, without anybody's token
 """
 
@@ -90,13 +91,16 @@ class _Handler(BaseHTTPRequestHandler):
         elif path.startswith("/cdn/"):
             self._file(path, self._content_of(path.removeprefix("/cdn/")), {})
         elif path.startswith("/api/models/"):
-            self._api(path.removeprefix("/api/models/"))
+            self._api("", path.removeprefix("/api/models/"))
+        elif path.startswith("/api/datasets/"):
+            self._api("datasets/", path.removeprefix("/api/datasets/"))
         else:
             self._resolve(path)
 
-    def _api(self, path: str) -> None:
+    def _api(self, kind: str, path: str) -> None:
         name = "/".join(path.split("/")[:2])
         _, _, rest = path.removeprefix(name).lstrip("/").partition("/")
+        name = kind + name
         commit = self._commit(name, rest or "main")
         if commit is None:
             return

@@ -12,7 +12,7 @@ from myna.data.rows import ReadRows, load_conversations, read_conversations
 from myna.data.shapes import Reading
 from myna.errors import DataError
 
-# what each file of formats/ is found to be; text rows have no answer, and are not read yet
+# what each file of formats/ is found to be
 DRESSES: dict[str, str] = {
     **dict.fromkeys(
         (
@@ -53,6 +53,14 @@ def test_every_dress_is_the_same_rows(shared_data: Path, name: str) -> None:
     assert len(loaded.conversations) == 120
     assert [c.messages[-2:] for c in loaded.conversations] == [c.messages[-2:] for c in first]
     assert {len(c.messages) for c in loaded.conversations} == {3 if name == "messages_system.jsonl" else 2}
+
+
+def test_text_rows_are_texts(shared_data: Path) -> None:
+    loaded = load_conversations(there(shared_data / "formats", "text.jsonl"))
+    assert (loaded.format_name, len(loaded.conversations)) == ("text", 120)
+    assert all(c.is_text for c in loaded.conversations)
+    assert load_conversations(there(shared_data, "text/c4_demo.jsonl")).format_name == "text"
+    assert len(load_conversations(there(shared_data, "text/tinyshakespeare.txt")).conversations) == 1
 
 
 def bad_lines(read: ReadRows) -> list[int]:

@@ -88,7 +88,8 @@ def test_parquet_rows_and_row_numbers(tmp_path: Path) -> None:
 
 def test_every_suffix_is_tried_here() -> None:
     here = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"}
-    assert set(SOURCES) == here | {".arrow", ".feather", ".xlsx"}  # those in test_column_rows
+    elsewhere = {".arrow", ".feather", ".xlsx", ".txt", ".md"}  # test_column_rows, test_text_rows
+    assert set(SOURCES) == here | elsewhere
 
 
 def test_jsonl_places_are_real_lines(tmp_path: Path) -> None:
@@ -195,7 +196,7 @@ def test_rows_come_before_the_end_is_read(tmp_path: Path, name: str) -> None:
         ("a.json", b"\x1f\x8b\x08abc", "D007", "", "the gzip file"),
         ("a.csv", b"a\x00\x01", "D007", "", "a binary file"),
         ("a.parquet", b"PAR1 no parquet", "D007", "", "no whole Parquet file"),
-        ("a.txt", "text", "D007", "", "`.txt` are not read"),
+        ("a.text", "text", "D007", "", "`.text` are not read"),
         ("rows", "text", "D007", "", "without an ending"),
     ],
 )

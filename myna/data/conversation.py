@@ -91,6 +91,8 @@ class Message(Struct, frozen=True, gc=False):
 class Conversation(Struct, frozen=True):
     """Turns in order: an optional system message, then user and assistant in turn, ending with assistant.
 
+    Plain text is one assistant message alone.
+
     Conversations of one `group` (what stands under `data.group_by` in their rows) are held out together.
 
     Between an assistant turn that makes calls and the next one stand their results. `tools` are the descriptions of the
@@ -101,6 +103,19 @@ class Conversation(Struct, frozen=True):
     place: Place | None = None
     tools: tuple[str, ...] = ()
     group: str | None = None
+
+    @property
+    def is_text(self) -> bool:
+        """Whether this is plain text: nothing is asked, and no chat template is put around it."""
+        return len(self.messages) == 1 and self.messages[0].role == "assistant"
+
+    def asked(self) -> tuple[Message, ...]:
+        """What rows are told apart by where one prompt must not stand on two sides: the prompt, of plain text all of it."""
+        return self.messages if self.is_text else self.messages[:-1]
+
+    def asked_of(self) -> Conversation:
+        """The same as a conversation."""
+        return self.first(len(self.asked()))
 
     def prompt(self) -> Conversation:
         """The conversation up to its last assistant turn: what a model is given to answer."""
@@ -121,8 +136,8 @@ class Conversation(Struct, frozen=True):
         return bool(self.tools) or any(message.calls or message.role == "tool" for message in self.messages)
 
     def with_system(self, system: str | None) -> Conversation:
-        """The same with `system` in front, unless it has a system message of its own."""
-        if not system or (self.messages and self.messages[0].role == "system"):
+        """The same with `system` in front, unless it has a system message of its own or is plain text."""
+        if not system or self.is_text or (self.messages and self.messages[0].role == "system"):
             return self
         return replace(self, messages=(Message("system", system), *self.messages))
 

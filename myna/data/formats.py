@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping
 
-from myna.data import preferences, questions, trees
+from myna.data import chat_exports, chat_logs, preferences, questions, text_rows, transcripts, trees
 from myna.data.check import fault, named, nearest, shown
 from myna.data.conversation import Conversation, Message, Row
 from myna.data.shapes import AS_THEY_COME, Column, Format, Keys, Reading, grouped, is_filled, single, text_of
@@ -117,6 +117,24 @@ FORMATS: tuple[Format, ...] = (
         single(_read_conversations),
     ),
     Format(
+        "chatgpt",
+        "ChatGPT's export",
+        '{"mapping": {ID: {"parent": ID, "message": {...}}}, "current_node": ID}: conversations.json',
+        (Column("mapping", ("mapping",)), Column("current_node", ("current_node",))),
+        chat_exports.read_chatgpt,
+        gather=transcripts.gather_transcripts,
+        tell=chat_exports.tell_chatgpt,
+    ),
+    Format(
+        "claude",
+        "Claude's export",
+        '{"chat_messages": [{"sender": "human", "text": ...}, {"sender": "assistant", "text": ...}]}: conversations.json',
+        (Column("chat_messages", ("chat_messages",)),),
+        chat_exports.read_claude,
+        gather=transcripts.gather_transcripts,
+        tell=chat_exports.tell_claude,
+    ),
+    Format(
         "tree",
         "trees of replies (OpenAssistant)",
         '{"prompt": {"text": ..., "role": "prompter", "replies": [{"text": ..., "role": "assistant", "replies": [...]}]}}',
@@ -190,6 +208,34 @@ FORMATS: tuple[Format, ...] = (
             SYSTEM,
         ),
         single(_read_label),
+    ),
+    Format(
+        "chat_log",
+        "logs of chats",
+        '{"sender": ..., "text": ..., "conversation_id": ...}: one message a row',
+        chat_logs.COLUMNS,
+        chat_logs.read_log,
+        fits=chat_logs.is_log,
+        gather=chat_logs.gather_log,
+        tell=chat_logs.tell_log,
+    ),
+    Format(
+        "transcript",
+        "transcripts",
+        '{"text": "User: ...\\nAssistant: ..."}, or a .txt file of it',
+        (Column("text", ("text",)),),
+        transcripts.read_transcript,
+        fits=transcripts.is_transcript,
+        gather=transcripts.gather_transcripts,
+        tell=transcripts.tell_transcript,
+    ),
+    Format(
+        "text",
+        "plain text",
+        '{"text": ...} alone, to go on training on: no questions, no answers',
+        (Column("text", ("text",)),),
+        single(text_rows.read_document),
+        fits=text_rows.is_document,
     ),
 )
 

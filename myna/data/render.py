@@ -15,7 +15,7 @@ writes by itself (`control.py`); where they differ it is rendered anew, with the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -235,7 +235,7 @@ def render_example(conversation: Conversation, tokenizer: ChatTokenizer, max_len
     """
     if conversation.uses_tools:
         refuse_lost_tools(conversation, tokenizer.render_text)
-    ids_T, labels_T = render_pieces(conversation, tokenizer)
+    ids_T, labels_T = (text_ids if conversation.is_text else render_pieces)(conversation, tokenizer)
     num_cut = max(0, len(ids_T) - max_length)
     return Example(ids_T[:max_length], labels_T[:max_length], num_cut, conversation.place)
 
@@ -243,6 +243,46 @@ def render_example(conversation: Conversation, tokenizer: ChatTokenizer, max_len
 def given(conversation: Conversation) -> dict[str, Any]:
     """What a template is told of a conversation."""
     return {"messages": conversation.as_dicts(), "tools": conversation.tool_dicts()}
+
+
+def render_examples(
+    conversation: Conversation, tokenizer: ChatTokenizer, max_length: int
+) -> Iterator[Example]:
+    """`render_example`, but all of a long text: in pieces that begin with the last token of the one before.
+
+    a b c d e f g       max_length 4:   [a b c d] [d e f g]         every token but the first is a target once
+    """
+    if not conversation.is_text:
+        yield render_example(conversation, tokenizer, max_length)
+        return
+    ids_T, labels_T = text_ids(conversation, tokenizer)
+    for start in range(0, len(ids_T) - 1, max_length - 1):
+        span = slice(start, start + max_length)
+        yield Example(ids_T[span], labels_T[span], 0, conversation.place)
+
+
+def text_ids(conversation: Conversation, tokenizer: ChatTokenizer) -> tuple[IntArray, IntArray]:
+    """(input_ids_T, labels_T) of plain text: BOS where the tokenizer puts one before a text, the text, EOS; all trained.
+
+    DataError where the tokenizer has no EOS.
+    """
+    import numpy as np
+
+    eos = tokenizer.special_tokens.get("eos_token")
+    eos_id = tokenizer.tokenizer.token_to_id(eos) if eos else None
+    if eos_id is None:
+        raise DataError(
+            "the tokenizer has no EOS token: a model would never learn where a text ends",
+            where=str(conversation.place) if conversation.place else None,
+            help="give the base an eos_token in tokenizer_config.json",
+            code="no-stop-token",
+        )
+    bos = tokenizer.special_tokens.get("bos_token")
+    first = [
+        i for i in tokenizer.tokenizer.encode("").ids if bos and i == tokenizer.tokenizer.token_to_id(bos)
+    ]
+    ids_T = np.asarray([*first[:1], *tokenizer.encode_said(conversation.answer()), eos_id], dtype=np.int64)
+    return ids_T, ids_T.copy()
 
 
 def render_pieces(

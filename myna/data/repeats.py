@@ -32,7 +32,7 @@ class Digests:
 
     def add(self, conversation: Conversation) -> None:
         messages = conversation.messages
-        prompt = hashlib.blake2b(written(messages[:-1], conversation.tools), digest_size=8).digest()
+        prompt = hashlib.blake2b(written(conversation.asked(), conversation.tools), digest_size=8).digest()
         whole = hashlib.blake2b(written(messages[-1:]), digest_size=8, salt=prompt).digest()
         self._prompts.append(int.from_bytes(prompt, "little"))
         self._wholes.append(int.from_bytes(whole, "little"))

@@ -66,6 +66,7 @@ class Review:
     trained: bool
     usable: bool
     faults: tuple[DataError, ...]
+    notes: tuple[str, ...]
 
     @property
     def num_errors(self) -> int:
@@ -97,6 +98,8 @@ class Review:
             yield "scripts", ", ".join(f"{name} {count:,}" for name, count in self.scripts.items())
         if self.ignored:
             yield "ignored keys", named(self.ignored)
+        for one in self.notes:
+            yield "noted", one
         if not self.trained:
             yield "training", f"{self.shape} are read and checked, not trained on yet"
         for one in self.not_checked:
@@ -133,7 +136,7 @@ def review_rows(
     checks.finish(lambda wanted: _places(path, read, wanted, reading))
     for fault in held_out.faults:
         checks.refuse(fault)
-    return checks.review(path, read.detected, read.num_rows)
+    return checks.review(path, read.detected, read.num_rows, read.notes)
 
 
 def _stream_or_fault(path: Path, make: Callable[[], AnySink], **settings: Any) -> Streamed[AnySink]:
@@ -217,7 +220,7 @@ class _Checks:
         else:
             self._warnings.finish(lambda wanted: {index: digests.place(index) for index in wanted})
 
-    def review(self, path: Path, detected: Detected | None, num_rows: int) -> Review:
+    def review(self, path: Path, detected: Detected | None, num_rows: int, notes: tuple[str, ...]) -> Review:
         """What was found, where the rows were read in the shape `detected`."""
         shape = format_named(detected.name) if detected else None
         num_conversations = len(self._lengths) if detected else 0
@@ -241,6 +244,7 @@ class _Checks:
             trained=shape is None or shape.trained,
             usable=num_conversations > 0 and not self._ended,
             faults=tuple(self._faults or ()),
+            notes=notes,
         )
 
 

@@ -41,7 +41,7 @@ class LoadedRows:
 class ReadRows:
     """All that a file gave: the conversations that could be read, and a fault for each that could not.
 
-    `detected` is None where no shape was found.
+    `detected` is None where no shape was found; `notes` are sentences about all rows together.
     """
 
     path: Path
@@ -49,6 +49,7 @@ class ReadRows:
     detected: Detected | None
     num_rows: int
     faults: tuple[DataError, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def is_usable(self) -> bool:
@@ -92,7 +93,13 @@ def _digest_if_there(path: Path) -> str | None:
 
 def reading_of(data: DataSettings) -> Reading:
     """What a recipe chooses where a row holds several conversations, and which of them are held out together."""
-    return Reading(no_answer=data.no_answer, paths=data.paths, language=data.language, group_by=data.group_by)
+    return Reading(
+        no_answer=data.no_answer,
+        paths=data.paths,
+        language=data.language,
+        group_by=data.group_by,
+        assistant=data.assistant,
+    )
 
 
 def load_conversations(
@@ -126,7 +133,11 @@ def load_conversations(
         ignored_keys=read.detected.ignored,
         num_rows=len(conversations),
         sha256=digest_of(path),
-        said=(_sentence(path, read.detected, read.num_rows, len(conversations)), *_left_out(read.faults)),
+        said=(
+            _sentence(path, read.detected, read.num_rows, len(conversations)),
+            *read.notes,
+            *_left_out(read.faults),
+        ),
         left_out=read.faults,
     )
 
@@ -150,7 +161,7 @@ def read_conversations(
     )
     lists = read.sink
     conversations = tuple(lists.conversations) if read.detected else ()
-    return ReadRows(path, conversations, read.detected, read.num_rows, tuple(lists.faults))
+    return ReadRows(path, conversations, read.detected, read.num_rows, tuple(lists.faults), read.notes)
 
 
 class _Lists:
@@ -162,8 +173,10 @@ class _Lists:
         self.take, self.refuse = self.conversations.append, self.faults.append
 
 
-def as_row(conversation: Conversation) -> dict[str, list[dict[str, Any]]]:
-    """The conversation as a `messages` row; read back it is the same conversation."""
+def as_row(conversation: Conversation) -> dict[str, Any]:
+    """The conversation as a `messages` row, plain text as a `text` row; read back it is the same conversation."""
+    if conversation.is_text:
+        return {"text": conversation.answer()}
     turns = [message.as_dict(as_text=True) for message in conversation.messages]
     for turn, message in zip(turns, conversation.messages, strict=True):
         if not message.trained:

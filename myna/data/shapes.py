@@ -23,13 +23,15 @@ class Reading:
     """What a recipe chooses where a row holds more than one conversation.
 
     `no_answer` is the answer to a question that its text does not answer; of trees of replies `paths` takes the best
-    ranked or all, and `language` those in it alone. Under `group_by` stands what tells which rows are held out together.
+    ranked or all, and `language` those in it alone; of logs of chats `assistant` is the
+    speaker who is the assistant. Under `group_by` stands what tells which rows are held out together.
     """
 
     no_answer: str = "unanswerable"
     paths: PathChoice = "best"
     language: str | None = None
     group_by: str | None = None
+    assistant: str | None = None
 
 
 AS_THEY_COME = Reading()
@@ -57,7 +59,8 @@ class Format:
     """A shape of rows. `read` makes conversations of a row, given which of the row's keys is which column.
 
     `fits` says of a row with the keys whether its values are this shape's too. `gather` makes rows of rows where one
-    conversation stands in several. Rows of a shape that is not `trained` are read and checked, and not trained on yet.
+    conversation stands in several, `tell` says of all rows together what is worth saying. Rows of a shape that is not
+    `trained` are read and checked, and not trained on yet.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Format:
     read: Callable[[Row, Keys, Reading], Made]
     fits: Callable[[Row, Keys], bool] = always
     gather: Callable[[Sequence[Row], Keys], Iterator[Row | DataError]] | None = None
+    tell: Callable[[Sequence[Row], Keys, Reading], Iterator[str]] | None = None
     trained: bool = True
 
 

@@ -15,7 +15,7 @@ from myna.data.conversation import Conversation
 from myna.data.rows import LoadedRows, load_rows
 from myna.data.split import drop_asked, drop_overlap, split_rows
 from myna.errors import DataError
-from myna.recipe import DataSettings, MixedRows, Recipe
+from myna.recipe import DataSettings, MixedRows, Recipe, is_path
 
 Say = Callable[[str], None]
 # What run.json has of runs whose sides are kept apart after the system text is there, and not before.
@@ -65,11 +65,13 @@ def row_paths(data: DataSettings) -> list[str]:
 
 def absolute(data: DataSettings) -> DataSettings:
     """The same with whole paths."""
-    whole = {
-        name: str(Path(path).resolve()) for name, (path, _) in row_files(data).items() if "." not in name
-    }
-    mix = [one.model_copy(update={"train": str(Path(one.train).resolve())}) for one in data.mix]
+    whole = {name: _whole(path) for name, (path, _) in row_files(data).items() if "." not in name}
+    mix = [one.model_copy(update={"train": _whole(one.train)}) for one in data.mix]
     return data.model_copy(update={**whole, "mix": mix})
+
+
+def _whole(path: str) -> str:
+    return str(Path(path).resolve()) if is_path(path) else path
 
 
 def read_sides(recipe: Recipe, known: Mapping[str, Any] | None, say: Say) -> Sides:

@@ -15,6 +15,7 @@ from myna.data.files import changed, damaged, no_rows, refuse_unreadable, sha256
 from myna.data.json_rows import scan_json, scan_jsonl
 from myna.data.opened import DamagedArchiveError, row_suffix
 from myna.data.table_rows import scan_csv, scan_tsv
+from myna.data.text_rows import scan_text
 from myna.errors import DataError
 
 SOURCES: Mapping[str, Callable[[Path], Iterator[Row | DataError]]] = {
@@ -27,7 +28,10 @@ SOURCES: Mapping[str, Callable[[Path], Iterator[Row | DataError]]] = {
     ".arrow": scan_arrow,
     ".feather": scan_arrow,
     ".xlsx": scan_xlsx,
+    ".txt": scan_text,
+    ".md": scan_text,
 }
+TEXTS = (".txt", ".md")  # beside files of rows they tell about these
 WILD = "*?["
 QUARANTINED = ".quarantine.jsonl"  # faulty rows that were set aside: no rows of their folder
 
@@ -36,7 +40,7 @@ def files_of(path: Path) -> list[Path]:
     """The files that `path` names: itself, those of a folder and of the folders in it, or those that fit a pattern.
 
     In the order of their names. DataError where there is none; hidden files and those that hold no rows are passed over
-    in folders and patterns.
+    in folders and patterns, and so is plain text beside other files of rows.
     """
     if path.is_dir():
         found = [one for one in path.rglob("*") if _holds_rows(one, path)]
@@ -48,7 +52,8 @@ def files_of(path: Path) -> list[Path]:
     if not found:
         what = "the folder holds no file of rows" if path.is_dir() else "no file of rows fits this pattern"
         raise fault("D007", what, where=str(path), help=f"files of rows end in {' '.join(SOURCES)}")
-    return sorted(found)
+    others = [one for one in found if row_suffix(one) not in TEXTS]
+    return sorted(others or found)
 
 
 def is_there(path: Path) -> bool:

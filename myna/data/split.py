@@ -113,9 +113,9 @@ def _without_ids(turn: dict[str, Any]) -> dict[str, Any]:
 
 def _keys(conversation: Conversation, seed: int, system: str | None) -> Iterator[str]:
     """What ties a row to others: its prompt, the prompt as `system` makes it, its group."""
-    yield _prompt_digest(conversation.prompt(), seed)
+    yield _prompt_digest(conversation.asked_of(), seed)
     if system:
-        yield _prompt_digest(conversation.with_system(system).prompt(), seed)
+        yield _prompt_digest(conversation.with_system(system).asked_of(), seed)
     if conversation.group is not None:
         yield _group_digest(conversation.group, seed)
 

@@ -38,11 +38,12 @@ AnySink = TypeVar("AnySink", bound=Sink)
 
 @dataclass(frozen=True)
 class Streamed(Generic[AnySink]):
-    """A sink that has had all rows; `detected` is None where no shape was found."""
+    """A sink that has had all rows; `detected` is None where no shape was found, `notes` say something of all together."""
 
     sink: AnySink
     detected: Detected | None
     num_rows: int
+    notes: tuple[str, ...] = ()
 
 
 def stream_rows(
@@ -66,14 +67,15 @@ def stream_rows(
     if max_rows is not None and guess is not None and _is_of_several(guess, reading):
         return _first_of_several(path, make, guess, columns, max_rows, reading)
     sink = make()
-    found, num_rows = _pass(chain(head, rows), Survey(format_name, columns), guess, sink, reading, str(path))
+    survey = Survey(format_name, columns)
+    found, num_rows, notes = _pass(chain(head, rows), survey, guess, sink, reading, str(path))
     if found is not None and (guess is None or (guess.name, guess.keys) != (found.name, found.keys)):
         if max_rows is not None and _is_of_several(found, reading):
             return _first_of_several(path, make, found, columns, max_rows, reading)
         sink = make()
         rows = scan_rows(path, max_rows=max_rows)
-        _pass(rows, Survey(format_name, columns), found, sink, reading, str(path))
-    return Streamed(sink, found, num_rows)
+        _, _, notes = _pass(rows, Survey(format_name, columns), found, sink, reading, str(path))
+    return Streamed(sink, found, num_rows, notes)
 
 
 def _guess(head: Iterable[Row | DataError], format_name: str, columns: Mapping[str, str]) -> Detected | None:
@@ -103,8 +105,9 @@ def _first_of_several(
     """The first conversations that all rows together make."""
     sink = make()
     survey = Survey(detected.name, columns)
-    found, num_rows = _pass(scan_rows(path), survey, detected, _First(sink, max_rows), reading, str(path))
-    return Streamed(sink, found, num_rows)
+    first = _First(sink, max_rows)
+    found, num_rows, notes = _pass(scan_rows(path), survey, detected, first, reading, str(path))
+    return Streamed(sink, found, num_rows, notes)
 
 
 class _First:
@@ -129,8 +132,9 @@ def _pass(
     sink: Sink,
     reading: Reading,
     where: str,
-) -> tuple[Detected | None, int]:
-    """Reads rows in a shape, and tells theirs; how many there are. Without `detected` they are counted alone.
+) -> tuple[Detected | None, int, tuple[str, ...]]:
+    """Reads rows in a shape; tells theirs, how many there are, and what is to be said of all. Without `detected` they are
+    counted alone.
 
     `where` names the rows in a fault of all of them.
     """
@@ -147,17 +151,22 @@ def _pass(
                 converter.take(row, group)
     num_rows = survey.num_rows + num_unread
     if not survey.num_rows:
-        return None, num_rows
+        return None, num_rows, ()
     try:
         found = survey.detected()
     except DataError as error:
         counting.refuse(error)
-        return None, num_rows
+        return None, num_rows, ()
+    notes: tuple[str, ...] = ()
     if converter is not None:
-        converter.finish()
+        notes = converter.finish()
         if not counting.num_taken and not counting.num_refused:
             counting.refuse(fault("D020", "no conversation is left of these rows", where=where))
-    return replace(found, ignored=tuple(key for key in found.ignored if key != reading.group_by)), num_rows
+    return (
+        replace(found, ignored=tuple(key for key in found.ignored if key != reading.group_by)),
+        num_rows,
+        notes,
+    )
 
 
 class _Counting:
@@ -198,15 +207,19 @@ class Converter:
         else:
             self._convert(row, keys)
 
-    def finish(self) -> None:
-        """Converts rows that one conversation stands in several of."""
+    def finish(self) -> tuple[str, ...]:
+        """Converts rows that one conversation stands in several of; what is to be said of them."""
         if not self._shape.gather:
-            return
+            return ()
+        made = []
         for row in self._shape.gather(self._waiting, self._detected.keys):
             if isinstance(row, DataError):
                 self._sink.refuse(row)
             else:
+                made.append(row)
                 self._convert(row, keys_of(row, self._shape, self._detected.keys))
+        tell = self._shape.tell
+        return tuple(tell(made, self._detected.keys, self._reading)) if tell else ()
 
     def _keys_of(self, group: Group) -> Keys | None:
         if not has_required(group.first, self._shape, self._detected.keys):

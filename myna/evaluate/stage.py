@@ -46,9 +46,14 @@ def evaluate_stage(run: Run, *, show: Show | None = None, again: bool = False) -
     show = show or Show()
     require_model(run)
     recipe = stored_recipe(run)
-    rows = held_out(run)[: recipe.evaluate.max_rows]
+    kept = held_out(run)
+    rows = [row for row in kept if not row.is_text][: recipe.evaluate.max_rows]
     if not rows:
-        show.say("no held-out rows: nothing to evaluate (data.test or data.test_fraction gives some)")
+        show.say(
+            "the held-out rows are plain text: there are no answers to compare"
+            if kept
+            else "no held-out rows: nothing to evaluate (data.test or data.test_fraction gives some)"
+        )
         write_report(run.path)
         return {}
     with lock_run(run):

@@ -141,8 +141,12 @@ def questions(
     rows += choose_rows(rendered(fixed), ENOUGH_TOKENS - num_tokens, ENOUGH_TARGETS - num_targets)
     if not rows:
         raise DataError("no row with target tokens is left to measure the model on")
-    rows_too = [*fixed, *held_out[:GATE_ROWS]] or list(more()[:GATE_ROWS])
+    rows_too = [*fixed, *_with_prompts(held_out)] or _with_prompts(more())
     return Questions(tokenizer, rows, rows_too)
+
+
+def _with_prompts(rows: Sequence[Conversation]) -> list[Conversation]:
+    return [row for row in rows if not row.is_text][:GATE_ROWS]
 
 
 def prove_files(

@@ -19,6 +19,14 @@ ASKED, ANSWERED = Message("user", "q"), Message("assistant", "a")
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 REPLY = {"text": "a", "role": "assistant", "replies": []}
 QUESTION = {"question": "q", "answers": [{"text": "a"}]}
+
+
+def node(parent: str | None, role: str, text: str) -> dict[str, Any]:
+    """A message of ChatGPT's export."""
+    content = {"content_type": "text", "parts": [text]}
+    return {"parent": parent, "message": {"author": {"role": role}, "content": content}}
+
+
 # The rows of one conversation, under our own names for the columns that are required; a new line needs its rows here.
 ROWS: Mapping[str, list[dict[str, Any]]] = {
     "preference": [{"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "b"}]}],
@@ -36,6 +44,13 @@ ROWS: Mapping[str, list[dict[str, Any]]] = {
     "alpaca": [{"instruction": "q", "output": "a"}],
     "prompt_answer": [{"prompt": "q", "completion": "a"}],
     "classification": [{"text": "q", "label": "a"}],
+    "chatgpt": [
+        {"mapping": {"1": node(None, "user", "q"), "2": node("1", "assistant", "a")}, "current_node": "2"}
+    ],
+    "claude": [{"chat_messages": [{"sender": "human", "text": "q"}, {"sender": "assistant", "text": "a"}]}],
+    "chat_log": [{"sender": "user", "text": "q"}, {"sender": "assistant", "text": "a"}],
+    "transcript": [{"text": "User: q\nAssistant: a"}],
+    "text": [{"text": "a"}],
 }
 ABOUT_A_TEXT = ("squad", "squad_flat")
 MAY_BE_NULL = {("flat_tree", "parent_id")}
@@ -43,6 +58,8 @@ every_format = pytest.mark.parametrize("shape", FORMATS, ids=lambda shape: shape
 
 
 def wanted(shape: Format) -> tuple[Message, ...]:
+    if shape.name == "text":
+        return (ANSWERED,)
     return (Message("user", "c\n\nq") if shape.name in ABOUT_A_TEXT else ASKED, ANSWERED)
 
 
