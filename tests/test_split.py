@@ -14,7 +14,7 @@ from myna.errors import DataError
 
 def ask(prompt: str, answer: str = "a", system: str | None = None, group: str | None = None) -> Conversation:
     messages = (Message("user", prompt), Message("assistant", answer))
-    return Conversation(messages, Place("t.jsonl", 1), group).with_system(system)
+    return Conversation(messages, Place("t.jsonl", 1), group=group).with_system(system)
 
 
 def prompts(conversations: tuple[Conversation, ...]) -> set[str]:

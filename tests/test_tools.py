@@ -17,7 +17,7 @@ from myna.data.conversation import Conversation, Message, Place, Row, ToolCall
 from myna.data.formats import to_conversations
 from myna.data.repeats import written
 from myna.data.rows import ReadRows, as_row, read_conversations
-from myna.data.split import _digest, drop_overlap
+from myna.data.split import _prompt_digest, drop_overlap
 from myna.data.spool import Spool
 from myna.errors import DataError
 
@@ -344,8 +344,8 @@ def test_digests_know_tools_and_not_ids(tmp_path: Path) -> None:
         one(tmp_path, row(tools=TOOLS[:1])),
         one(tmp_path, changed(4, {"content": "22"})),
     ]
-    assert _digest(base, 0) == _digest(renamed, 0)
-    assert len({_digest(one, 0) for one in (base, *others)}) == 4
+    digests = [_prompt_digest(c.prompt(), 0) for c in (base, renamed, *others)]
+    assert digests[0] == digests[1] and len(set(digests)) == 4
     told = [written(c.messages[:-1], c.tools) for c in (base, renamed, *others)]
     assert told[0] == told[1] and len(set(told)) == 4
     assert drop_overlap([renamed, *others], [base]) == (tuple(others), 1)
@@ -354,7 +354,10 @@ def test_digests_know_tools_and_not_ids(tmp_path: Path) -> None:
 def test_digests_of_ordinary_rows_are_what_they_were() -> None:
     """Runs keep their split: the numbers are from before there were tools."""
     plain = Conversation((Message("system", "s"), Message("user", "é\n"), Message("assistant", "a")))
-    assert _digest(plain, 7) == "28ba63884e8f5ecb3d9131ef7f2a289f41b857a8c089759855ce64ffd56b20f1"
+    assert (
+        _prompt_digest(plain.prompt(), 7)
+        == "28ba63884e8f5ecb3d9131ef7f2a289f41b857a8c089759855ce64ffd56b20f1"
+    )
     assert written(plain.messages[:-1]) == "system\x1fs\x1euser\x1fé\n".encode()
 
 

@@ -123,7 +123,7 @@ class Conversation(Struct, frozen=True):
 
     def first(self, num_messages: int) -> Conversation:
         """The conversation up to its first messages."""
-        return Conversation(self.messages[:num_messages], self.place, self.tools)
+        return replace(self, messages=self.messages[:num_messages])
 
     def answer(self) -> str:
         """The last assistant turn: what a model should say. Of one that makes calls their JSON text (`calls_text`)."""
