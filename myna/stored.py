@@ -9,7 +9,8 @@ from myna.data.rows import load_conversations, load_rows
 from myna.data.sources import WILD
 from myna.errors import RecipeError, UsageError
 from myna.model.hub import PREFIX
-from myna.model.hub_rows import is_hub, locate_rows, parse_rows
+from myna.model.hub_rows import is_hub, locate_rows
+from myna.model.hub_splits import parse_rows
 from myna.model.sources import BaseFiles, Say, known_sha256, resolve_base
 from myna.recipe import GivenRecipe, Recipe, load_recipe
 from myna.run import Run, folder_files, run_path

@@ -15,16 +15,8 @@ from hub_server import Hub, running_hub
 
 from myna.data.rows import load_conversations
 from myna.errors import DataError, MachineError, MynaError, UsageError
-from myna.model.hub_rows import (
-    HubSpec,
-    Located,
-    _by_folder,
-    _fits,
-    _told_splits,
-    locate_rows,
-    parse_rows,
-    rows_on_disk,
-)
+from myna.model.hub_rows import Located, locate_rows, rows_on_disk
+from myna.model.hub_splits import HubSpec, configs_by_name, fits, parse_rows, told_splits
 
 
 def lines(*prompts: str) -> bytes:
@@ -111,16 +103,16 @@ def test_what_is_no_name(spec: str) -> None:
     ],
 )  # fmt: skip
 def test_splits_are_told_by_names(names: list[str], configs: dict[str, Any]) -> None:
-    assert _by_folder(names) == configs
+    assert configs_by_name(names) == configs
 
 
 def test_patterns_and_shapes_of_data_files() -> None:
-    assert _fits("data/a/b.csv", "data/**") and _fits("data/b.csv", "data/**/*.csv")
-    assert not _fits("data/a/b.csv", "data/*.csv") and not _fits("xdata/b.csv", "data/*")
+    assert fits("data/a/b.csv", "data/**") and fits("data/b.csv", "data/**/*.csv")
+    assert not fits("data/a/b.csv", "data/*.csv") and not fits("xdata/b.csv", "data/*")
     names = ["a/x.csv", "b/y.csv"]
-    assert _told_splits("*/*.csv", "", names) == {"train": names}
-    assert _told_splits({"train": "x.csv"}, "a/", names) == {"train": ["a/x.csv"]}
-    assert _told_splits([{"split": "dev", "path": ["b/*"]}], "", names) == {"validation": ["b/y.csv"]}
+    assert told_splits("*/*.csv", "", names) == {"train": names}
+    assert told_splits({"train": "x.csv"}, "a/", names) == {"train": ["a/x.csv"]}
+    assert told_splits([{"split": "dev", "path": ["b/*"]}], "", names) == {"validation": ["b/y.csv"]}
 
 
 def test_a_branch_is_pinned_and_then_works_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,46 +11,22 @@ from __future__ import annotations
 
 import glob
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from myna.data.check import fault, named
-from myna.data.opened import row_suffix
 from myna.data.sides import row_files
-from myna.data.sources import SOURCES, TEXTS
+from myna.data.sources import SOURCES
 from myna.errors import DataError, MachineError, ModelError, MynaError, UsageError
 from myna.model.hub import PREFIX, Say, _network_errors, _quiet, _refusal
+from myna.model.hub_splits import HubSpec, configs_by_name, is_read, parse_rows, split_of, told_configs
 from myna.model.sources import cache_dir
 from myna.recipe import DataSettings
 from myna.run import file_sha256, new_directory, require_room, write_text
 
 CONVERTED = "refs/convert/parquet"  # where the hub keeps what it made of other files
-DEFAULT = "default"
-SHAPE = "hf:org/name/config:split@revision, where config, split and revision may be left out"
-SPEC = re.compile(
-    r"hf:(?P<repository>[\w.-]+(?:/[\w.-]+)?)(?:/(?P<config>[\w.+-]+))?(?::(?P<split>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?"
-)
-ALIASES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
-WORD = re.compile(rf"(?:^|[^a-zA-Z0-9])({'|'.join(ALIASES)})(?:[^a-zA-Z0-9]|\d*(?:[^a-zA-Z0-9]|$)|$)")
-SHARD = re.compile(r"(?P<split>[\w.-]+?)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?\.\w+")
-Splits = Mapping[str, Sequence[str]]
-
-
-@dataclass(frozen=True)
-class HubSpec:
-    """What hf:… names; `config` and `revision` may be left open."""
-
-    repository: str
-    config: str | None
-    split: str
-    revision: str | None
 
 
 @dataclass(frozen=True)
@@ -59,15 +35,6 @@ class Located:
 
     path: Path
     commit: str | None = None
-
-
-def parse_rows(spec: str) -> HubSpec:
-    """DataError where that is no name the hub could have."""
-    found = SPEC.fullmatch(spec)
-    if found is None:
-        raise fault("D007", "is no name of rows on the hub", where=spec, help=SHAPE)
-    split = found["split"] or "train"
-    return HubSpec(found["repository"], found["config"], ALIASES.get(split, split), found["revision"])
 
 
 def is_hub(spec: str | Path) -> bool:
@@ -160,7 +127,7 @@ def _fetch(spec: str, wanted: HubSpec, commit: str | None, say: Say) -> Located:
     if chosen is None:
         say(f"{spec} has no files that are read: what the hub made of them ({CONVERTED}) is taken")
         at, sizes, digests = _converted(spec, wanted.repository, list(sizes))
-        chosen = _split_of(spec, wanted, _by_folder(list(sizes)))
+        chosen = split_of(spec, wanted, configs_by_name(list(sizes)))
     num_bytes = sum(sizes[name] for name in chosen)
     say(f"{spec} is commit {found_commit[:12]}: {len(chosen)} files, {num_bytes / 1e6:,.1f} MB")
     snapshot = _download(spec, wanted.repository, at, chosen, num_bytes)
@@ -247,128 +214,16 @@ def _refused(error: Exception, spec: str, revision: str | None) -> MynaError:
     return refusal
 
 
-# Which files are a split's
-
-
 def _chosen(spec: str, wanted: HubSpec, commit: str, sizes: Mapping[str, int]) -> list[str] | None:
     """The files of the split; None where the repository has no files of rows."""
-    names = [name for name in sizes if _is_read(name)]
+    names = [name for name in sizes if is_read(name)]
     if not names:
         return None
-    configs = _told_configs(spec, wanted.repository, commit, names) if "README.md" in sizes else {}
-    return _split_of(spec, wanted, configs or _by_folder(names))
-
-
-def _is_read(name: str) -> bool:
-    hidden = any(part.startswith((".", "_")) for part in name.split("/"))
-    suffix = row_suffix(Path(name))
-    return (
-        not hidden and suffix in SOURCES and suffix not in TEXTS and Path(name).name != "dataset_infos.json"
-    )
-
-
-def _split_of(spec: str, wanted: HubSpec, configs: Mapping[str, Splits]) -> list[str]:
-    """The files of the wanted split; DataError that names the configs or splits that there are."""
-    config = wanted.config or (
-        DEFAULT if DEFAULT in configs else next(iter(configs)) if len(configs) == 1 else None
-    )
-    if config is None or config not in configs:
-        what = f"has no config `{config}`" if config else "has several configs"
-        cure = f"hf:{wanted.repository}/{next(iter(configs))}:{wanted.split}"
-        raise fault("D007", f"{what}; there are: {named(configs)}", where=spec, help=cure)
-    splits = configs[config]
-    if wanted.split not in splits:
-        message = f"has no split `{wanted.split}`; there are: {named(splits)}"
-        cure = f"hf:{wanted.repository}{'/' + wanted.config if wanted.config else ''}:{next(iter(splits), 'train')}"
-        raise fault("D007", message, where=spec, help=cure)
-    return sorted(splits[wanted.split])
-
-
-def _told_configs(spec: str, repository: str, commit: str, names: Sequence[str]) -> dict[str, Splits]:
-    """`configs` of README.md: config → split → files; empty where it says nothing of files."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    page = (_download(spec, repository, commit, ["README.md"], 0) / "README.md").read_text(errors="replace")
-    head = re.match(r"\s*---\s*\n(.*?)\n---", page, re.DOTALL)
-    try:
-        told = YAML(typ="safe").load(head[1]) if head else None
-    except YAMLError:
-        return {}
-    configs = told.get("configs") if isinstance(told, dict) else None
-    found: dict[str, Splits] = {}
-    for config in configs if isinstance(configs, list) else []:
-        if isinstance(config, dict) and config.get("data_files"):
-            prefix = f"{config['data_dir'].strip('/')}/" if isinstance(config.get("data_dir"), str) else ""
-            name = str(config.get("config_name") or DEFAULT)
-            found[name] = _told_splits(config["data_files"], prefix, names)
-            if config.get("default") is True:
-                found.setdefault(DEFAULT, found[name])
-    return found
-
-
-def _told_splits(files: Any, prefix: str, names: Sequence[str]) -> Splits:
-    """A text or a list of patterns is train; a mapping, or a list of split and path, is by split."""
-    if isinstance(files, dict):
-        pairs = list(files.items())
-    elif isinstance(files, list) and all(isinstance(one, dict) for one in files):
-        pairs = [(one.get("split", "train"), one.get("path")) for one in files]
-    else:
-        pairs = [("train", files)]
-    splits: dict[str, list[str]] = {}
-    for split, paths in pairs:
-        patterns = [prefix + str(path) for path in (paths if isinstance(paths, list) else [paths])]
-        chosen = [name for name in names if any(_fits(name, pattern) for pattern in patterns)]
-        if chosen:
-            splits.setdefault(ALIASES.get(str(split), str(split)), []).extend(chosen)
-    return splits
-
-
-def _fits(name: str, pattern: str) -> bool:
-    """`*` within a folder, `**` over folders, as the hub reads them."""
-    parts = re.split(r"(\*\*/?|\*|\?)", pattern.removeprefix("./"))
-    ways = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return re.fullmatch("".join(ways.get(part, re.escape(part)) for part in parts), name) is not None
-
-
-def _by_folder(names: Sequence[str]) -> dict[str, Splits]:
-    """Told by names alone: splits by words in them; where folders at the top have splits of their own, each is a config."""
-    tops = {name.split("/")[0] for name in names if "/" in name}
-    is_configs = bool(tops) and all("/" in name for name in names)
-    is_configs = is_configs and not any(top == "data" or _word(top) for top in tops)
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(name.split("/")[0] if is_configs else DEFAULT, []).append(name)
-    return {config: _by_words(group) for config, group in sorted(groups.items())}
-
-
-def _by_words(names: Sequence[str]) -> Splits:
-    splits: dict[str, list[str]] = {}
-    for name in names:
-        splits.setdefault(_split_in(name) or "", []).append(name)
-    rest = splits.pop("", [])
-    if rest and not splits:
-        splits = {"train": rest}
-    return {split: _of_one_kind(group) for split, group in sorted(splits.items())}
-
-
-def _split_in(name: str) -> str | None:
-    """The split that a file belongs to: by its shard's name, a word in its name, or a folder's."""
-    shard = SHARD.fullmatch(Path(name).name)
-    if shard:
-        return ALIASES.get(shard["split"], shard["split"])
-    return next(filter(None, map(_word, reversed(name.split("/")))), None)
-
-
-def _word(text: str) -> str | None:
-    found = WORD.search(text.lower())
-    return ALIASES[found[1]] if found else None
-
-
-def _of_one_kind(names: Sequence[str]) -> list[str]:
-    """The files of the most common ending: some repositories keep the same rows twice."""
-    common = Counter(row_suffix(Path(name)) for name in names).most_common(1)[0][0]
-    return [name for name in names if row_suffix(Path(name)) == common]
+    page = ""
+    if "README.md" in sizes:
+        folder = _download(spec, wanted.repository, commit, ["README.md"], 0)
+        page = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    return split_of(spec, wanted, told_configs(page, names) or configs_by_name(names))
 
 
 # The rows of a whole recipe
