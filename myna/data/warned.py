@@ -144,7 +144,7 @@ REPEATED = "take the copies out, or keep them to weigh the row more"
 CONTRADICTED = "keep one answer, or say in the prompt what makes the difference"
 LEAKED = "such rows are left out of the training rows"
 EVEN_OUT = "add rows with the other answers, or look at them alone when it is evaluated"
-SPELLED = "it is text there: replace it, for a base may read it as the token"
+SPELLED = "Myna keeps it text; where it was pasted from a rendered chat, make its turns messages of their own"
 
 
 def private_in(text: str) -> list[str]:

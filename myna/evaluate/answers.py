@@ -45,7 +45,7 @@ def answer_tokens(rows: Sequence[Conversation], tokenizer: ChatTokenizer) -> int
 def _expected_tokens(row: Conversation, tokenizer: ChatTokenizer) -> int:
     if row.messages[-1].calls:
         return len(answer_ids(row, tokenizer))
-    return len(tokenizer.encode(row.answer()))
+    return len(tokenizer.encode_said(row.answer()))
 
 
 def answer_rows(
