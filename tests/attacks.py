@@ -9,7 +9,7 @@ from typing import Any
 
 import tiny
 from tiny_sentencepiece import SENTENCES, added_token
-from tiny_templates import TEMPLATES
+from tiny_templates import HERMES_TOOLS, LLAMA31_TOOLS, TEMPLATES
 from tiny_tokenizers import FAMILY_TOKENIZERS, write_family_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -239,6 +239,8 @@ CASES: dict[str, Callable[[Path], ChatTokenizer]] = {
     "plain, smollm": _plain("smollm"),
     "glued": _with_template("smollm", GLUED),
     "tagged": _with_template("qwen3", TAGGED),
+    "hermes": _with_template("qwen3", HERMES_TOOLS),
+    "llama3.1": _with_template("llama3", LLAMA31_TOOLS),
     "nfkc": _changed("smollm", _composed),
     "normalized": _changed("llama", _normalized),
     "stripping": _changed("smollm", _stripping),

@@ -6,7 +6,7 @@ import json
 import os
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,7 @@ class Case:
     tokenizer: ChatTokenizer
     control: Mapping[int, str]
     is_lossy: bool = False
+    own: dict[str, list[int]] = field(default_factory=dict)
 
 
 Made = dict[str, Case]
@@ -65,7 +66,9 @@ def own_tokens(case: Case, conversation: Conversation, *, open_end: bool) -> lis
     """The template's own, from a conversation of harmless texts that is tokenized whole."""
     messages = tuple(Message(m.role, "hello") for m in conversation.messages)
     text = case.tokenizer.render_text(Conversation(messages), add_generation_prompt=open_end)
-    return [i for i in case.tokenizer.encode(text) if i in case.control]
+    if text not in case.own:
+        case.own[text] = [i for i in case.tokenizer.encode(text) if i in case.control]
+    return case.own[text]
 
 
 def squeezed(text: str) -> str:
@@ -105,7 +108,6 @@ def test_no_attack_forges_a_control_token(name: str, made: Made) -> None:
     case = made[name]
     for attack in ATTACKS:
         for conversation in (
-            talk(case.tokenizer, "hello", attack),
             talk(case.tokenizer, attack, attack, attack, f"ok {attack}", system=attack),
             talk(case.tokenizer, attack[len(attack) // 2 :], "ok", system=attack[: len(attack) // 2] or "x"),
         ):
