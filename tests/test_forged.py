@@ -145,7 +145,7 @@ def halves(case: Case) -> list[str]:
 
 @pytest.mark.parametrize("name", CASES)
 @given(data=st.data())
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_no_text_of_pieces_of_tokens_does(name: str, made: Made, data: st.DataObject) -> None:
     case = made[name]
     texts = st.lists(st.sampled_from(halves(case)), min_size=1, max_size=6).map("".join).filter(str.strip)

@@ -48,7 +48,7 @@ def taken(conversation: Conversation, tokenizer: ChatTokenizer) -> Conversation:
 
 @pytest.mark.parametrize("name", CASES)
 @given(conversation=conversations())
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 def test_what_is_trained_is_what_is_prompted(name: str, made: Made, conversation: Conversation) -> None:
     """Before each assistant turn stand the ids that chat sends there; the turn is trained up to its stop token, or not."""
     tokenizer = made[name]
