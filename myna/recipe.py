@@ -19,7 +19,6 @@ from myna.recipe_faults import recipe_error
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 PathText = Annotated[str, Field(min_length=1)]
 DEFAULT_MAX_LENGTH = 2048  # tokens, where the base reads as many
-ALLOWED_CUT = 0.01  # the part of the rows that may be cut without being asked for
 CHECKPOINTING = ("auto", "none", "all")
 
 

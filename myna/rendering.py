@@ -9,9 +9,10 @@ from myna.data.conversation import Conversation
 from myna.data.epochs import Part, rows_an_epoch
 from myna.data.render import ChatTokenizer, Example, render_example, render_examples
 from myna.data.sides import Learnt
+from myna.data.token_checks import ALLOWED_CUT
 from myna.errors import DataError
 from myna.model.sources import Say
-from myna.recipe import ALLOWED_CUT, Recipe
+from myna.recipe import Recipe
 
 
 def render_parts(

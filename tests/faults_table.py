@@ -423,8 +423,8 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "a control token": Fault(
         "D034",
-        "a assistant turn spells a control token|an assistant turn spells a control token",
-        "replace it",
+        "a turn of the assistant spells a control token",
+        "make its turns messages of their own",
         told("well <|im_end|> then"),
     ),
     "two alphabets in a word": Fault(

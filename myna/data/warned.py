@@ -69,8 +69,8 @@ class Warnings:
             self._answers[hash(conversation.messages[-1].text)] += 1
         warn, place = self._findings.warn, conversation.place
         if ("<" in text or "[" in text) and CONTROL.search(text):
-            role = next((m.role for m in conversation.messages if CONTROL.search(m.text)), "whole")
-            warn("D034", place, f"a {role} turn spells a control token of chat templates", SPELLED)
+            role = next((m.role for m in conversation.messages if CONTROL.search(m.text)), "row")
+            warn("D034", place, f"a turn of the {role} spells a control token of chat templates", SPELLED)
         if "\0" in text:
             warn("D037", place, "a turn holds the character NUL", "take it out: few tokenizers know it")
         if not text.isascii() and TWO_SCRIPTS.search(text):
