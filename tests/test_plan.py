@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import flex_attention
 import myna.engine.flex
 import myna.engine.step
 import myna.plan
+from myna.data.epochs import Part
 from myna.engine.compiler import NotNative
 from myna.engine.estimate import base_shape, estimate_memory, kept_input_bytes
 from myna.engine.loss import chunk_tokens
@@ -96,6 +97,14 @@ def test_narrow_weights_are_multiplied_in_float32_where_the_cpu_is_slower_in_the
     tight = plan(replace(slow, total_memory_mb=0.1))
     assert (tight.dtype, tight.widen) == ("bf16", True)
     assert plan(replace(slow, total_memory_mb=0.1), train={"packed": False}).dtype == "fp32"
+
+
+def test_a_file_that_is_seen_twice_may_have_its_longest_row_in_a_step_twice() -> None:
+    config = tiny_families.family_config("llama", 400)
+    lengths, wide = [20] * 9 + [500], recipe(train={"batch_size": 4, "pack_tokens": 2000})
+    once, twice = (freeze_plan(wide, config, lengths, MACHINE, (Part(10, weight),)) for weight in (1.0, 2.0))
+    assert (once.num_rows, twice.num_rows) == (10, 20)
+    assert once.memory_mb and twice.memory_mb and twice.memory_mb > once.memory_mb
 
 
 def test_settings_that_change_nothing_are_said() -> None:

@@ -190,6 +190,12 @@ def test_each_label_gives_its_part_and_keeps_a_row(seed: int) -> None:
     assert not prompts(split.train) & prompts(split.test)
 
 
+def test_a_label_keeps_its_last_row_where_nearly_all_is_held_out() -> None:
+    rows = [ask(f"text {n}", str(n % 2)) for n in range(10)]
+    split = split_rows(rows, test_fraction=0.55, validation_fraction=0.44, seed=0, stratify=True)
+    assert {row.answer() for row in split.train} == {"0", "1"}
+
+
 def test_a_group_of_many_labels_is_held_out_whole() -> None:
     rows = [ask(f"text {n}", f"label {n % 4}", group=f"g{n // 8}") for n in range(400)]
     split = split_rows(rows, test_fraction=0.2, seed=0, stratify=True)
