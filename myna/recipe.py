@@ -75,8 +75,7 @@ class DataSettings(Section):
     test_fraction: Fraction = Field(0.1, description="the part of data.train held out where no test is given")
     mix: list[MixedRows] = Field(
         default_factory=list,
-        description="rows of other files beside them: {train: FILE, weight: 0.5} has half of them an epoch; "
-        "format, columns, system and group_by are a file's own",
+        description="rows of other files too, {train: FILE, weight: 0.5} has half of them an epoch (docs/data.md)",
     )
     validation: PathText | None = Field(
         None, description="rows whose loss is taken at every checkpoint; default: a part of data.train"
@@ -88,9 +87,7 @@ class DataSettings(Section):
         None,
         description="a key of the rows: rows with the same value there (a customer, a text) stay on one side",
     )
-    stratify: bool = Field(
-        False, description="hold out the same part of each label (of the answers of text/label rows)"
-    )
+    stratify: bool = Field(False, description="hold out the same part of each label (text/label rows)")
     format: str = Field(
         "auto", description="auto, or a shape by its name (docs/data.md): messages · alpaca · squad …"
     )
@@ -311,8 +308,7 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
         section = tree.get(block)
         if isinstance(section, dict) and isinstance(section.get(key), str) and is_path(section[key]):
             section[key] = str(folder / Path(section[key]).expanduser())
-    data = tree.get("data")
-    _resolve_mixed(data.get("mix") if isinstance(data, dict) else None, folder)
+    _resolve_mixed(tree, folder)
     model = tree.get("model")
     if isinstance(model, dict) and isinstance(model.get("base"), str):
         base = model["base"]
@@ -320,9 +316,11 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
             model["base"] = str((folder / Path(base).expanduser()).resolve())
 
 
-def _resolve_mixed(mix: Any, folder: Path) -> None:
+def _resolve_mixed(tree: Mapping[str, Any], folder: Path) -> None:
+    data = tree.get("data")
+    mix = data.get("mix") if isinstance(data, dict) else None
     for entry in mix if isinstance(mix, list) else ():
-        if isinstance(entry, dict) and isinstance(entry.get("train"), str) and is_path(entry["train"]):
+        if isinstance(entry, dict) and isinstance(entry.get("train"), str) and entry["train"]:
             entry["train"] = str(folder / Path(entry["train"]).expanduser())
 
 
@@ -345,6 +343,6 @@ def _apply_override(tree: dict[str, Any], text: str) -> str:
     if tuple(parts) in PATH_KEYS and isinstance(parsed, str) and is_path(parsed):
         parsed = str(Path(parsed).expanduser().resolve())
     if parts == ["data", "mix"]:
-        _resolve_mixed(parsed, Path.cwd())
+        _resolve_mixed({"data": {"mix": parsed}}, Path.cwd())
     node[parts[-1]] = parsed
     return ".".join(parts)

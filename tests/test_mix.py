@@ -187,6 +187,12 @@ def test_only_so_many_steps_are_laid_out(recipe: Recipe, monkeypatch: pytest.Mon
     assert any("of the first 2 of 7 steps" in sentence for sentence in said)
 
 
+def test_a_mix_that_is_no_list_is_told_with_its_line(folder: Path) -> None:
+    (folder / "other.yaml").write_text("data:\n  train: orders.jsonl\n  mix: 3\n")
+    with pytest.raises(RecipeError, match=r"other\.yaml:3: data\.mix: input should be a valid list"):
+        load_recipe(folder / "other.yaml")
+
+
 def test_a_weight_is_positive_and_a_mix_of_nothing_is_none() -> None:
     assert build_recipe({"data": {"train": "a", "mix": []}}).data.mix == []
     for weight in (0, -1, 101):
