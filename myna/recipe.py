@@ -109,9 +109,7 @@ class DataSettings(Section):
     language: str | None = Field(
         None, description="of trees of replies, those in this language alone: en, de, fa"
     )
-    assistant: str | None = Field(
-        None, description="of logs of chats: who the assistant is, where its name does not say so"
-    )
+    assistant: str | None = Field(None, description="of logs of chats: the speaker who is the assistant")
     max_length: Annotated[int, Field(ge=8)] | None = Field(
         None, description="longest row in tokens; default: the model's context, at most 2048"
     )
