@@ -9,6 +9,7 @@ from typing import Any
 from myna.data.epochs import Part
 from myna.data.packing import Step, collate, plan_packs
 from myna.data.render import Example
+from myna.data.token_rows import lengths_of
 from myna.plan import FrozenPlan
 from myna.recipe import Recipe, TrainSettings
 
@@ -90,7 +91,7 @@ def first_packs(
     examples: Sequence[Example], parts: Sequence[Part], recipe: Recipe, plan: FrozenPlan
 ) -> PackFacts:
     """What the packs of the first epoch come to."""
-    steps = epoch_packs([len(e.input_ids_T) for e in examples], parts, recipe.train, plan, epoch=0)
+    steps = epoch_packs(lengths_of(examples), parts, recipe.train, plan, epoch=0)
     share = plan.path == "fast" and not recipe.adapter.dropout
     return pack_facts(examples, steps, plan.pack_tokens, share=share)
 

@@ -17,6 +17,7 @@ from myna.data.quarantine import quarantine_lines
 from myna.data.render import ChatTokenizer, Example, load_chat_tokenizer
 from myna.data.rows import LoadedRows, as_row
 from myna.data.sides import SIDES_VERSION, absolute, read_sides, row_files
+from myna.data.token_rows import lengths_of
 from myna.engine.optim import default_learning_rate
 from myna.errors import RecipeError
 from myna.model.hub_rows import locate_data
@@ -55,7 +56,7 @@ class Prepared:
     test: tuple[Conversation, ...]
     plan: FrozenPlan
     parts: tuple[Part, ...]
-    validation: tuple[Example, ...] = ()
+    validation: Sequence[Example] = ()
 
 
 def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
@@ -89,7 +90,7 @@ def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
             write_text(run.recipe_path, recipe_yaml(resolved))
             run.record([run.recipe_path])
     else:
-        plan = freeze_plan(resolved, config, [len(e.input_ids_T) for e in examples], this_machine(), parts)
+        plan = freeze_plan(resolved, config, lengths_of(examples), this_machine(), parts)
         packs = first_packs(examples, parts, resolved, plan)
         for sentence in packs.sentences():
             say(sentence)
@@ -110,7 +111,7 @@ def plan_rows(recipe: Recipe, say: Say) -> PackFacts:
     config = read_config(base.folder)
     resolved = _resolve(recipe, Run(Path()), config)
     examples, parts = render_parts(sides.train, load_chat_tokenizer(base.folder), resolved, say)
-    plan = freeze_plan(resolved, config, [len(e.input_ids_T) for e in examples], this_machine(), parts)
+    plan = freeze_plan(resolved, config, lengths_of(examples), this_machine(), parts)
     return first_packs(examples, parts, resolved, plan)
 
 

@@ -204,7 +204,7 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise _disk_error(error, path) from error
+        raise disk_error(error, path) from error
     except BaseException:  # an interrupt
         temporary.unlink(missing_ok=True)
         raise
@@ -235,11 +235,11 @@ def new_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise _disk_error(error, path) from error
+        raise disk_error(error, path) from error
     except BaseException as error:
         if type(error).__name__ == "SafetensorError":  # what safetensors makes of a full disk
             shutil.rmtree(temporary, ignore_errors=True)
-            raise _disk_error(OSError(str(error)), path) from error
+            raise disk_error(OSError(str(error)), path) from error
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
@@ -286,7 +286,8 @@ def require_room(path: Path, num_bytes: int, what: str) -> None:
         )
 
 
-def _disk_error(error: OSError, path: Path) -> MachineError:
+def disk_error(error: OSError, path: Path) -> MachineError:
+    """What a failed write is told as."""
     return MachineError(
         f"could not be written: {error.strerror or error}",
         where=str(path),
@@ -304,9 +305,9 @@ def lock_run(run: Run) -> Iterator[None]:
             "is a file, or lies in one", where=str(run.path), help="--set run.name=NAME"
         ) from None
     except OSError as error:
-        raise _disk_error(error, run.path) from error
+        raise disk_error(error, run.path) from error
     with (run.path / ".lock").open("a+b") as file:
-        if not _try_lock(file.fileno()):
+        if not try_lock(file.fileno()):
             raise UsageError(
                 "another process is working in this run",
                 where=str(run.path),
@@ -316,7 +317,8 @@ def lock_run(run: Run) -> Iterator[None]:
         yield
 
 
-def _try_lock(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
+    """Locks an open file for this process; False where another one has it. The lock dies with its process."""
     if sys.platform == "win32":
         import msvcrt
 

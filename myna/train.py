@@ -23,6 +23,7 @@ from myna.checkpoint import collect_state, load_newest, restore_state, save_chec
 from myna.data.epochs import lengths_at_most, rows_an_epoch
 from myna.data.packing import Batch, Step, collate, num_steps_an_epoch
 from myna.data.render import Example
+from myna.data.token_rows import Picked, lengths_of
 from myna.engine.estimate import BaseShape, base_shape, kept_input_bytes
 from myna.engine.finite import all_finite, rows_at_fault
 from myna.engine.kept import InputPlace, input_place
@@ -50,7 +51,7 @@ from myna.trial import FEWEST_STEPS, largest_pack, room_required, try_pack
 from myna.validation import is_validated, validate, validation_due
 
 StopAsked = Callable[[], int | None]
-Packs = list[list[Example]]
+Packs = Sequence[Sequence[Example]]
 
 TIDY_EVERY = 50  # steps between two runs of the garbage collector
 
@@ -165,7 +166,7 @@ def _input_place(prepared: Prepared, shape: BaseShape) -> InputPlace:
     """Where checkpointed layers' inputs are kept. MachineError where that is a disk without room for the longest pack's."""
     plan, run = prepared.plan, prepared.run
     if plan.checkpoint_to == "disk":
-        lengths = lengths_at_most([len(example.input_ids_T) for example in prepared.examples], prepared.parts)
+        lengths = lengths_at_most(lengths_of(prepared.examples), prepared.parts)
         batch_size = prepared.recipe.train.batch_size
         tokens = longest_pack(lengths, batch_size, plan.pack_tokens, padded=False)
         layers = plan.checkpoint_layers
@@ -177,7 +178,7 @@ def _input_place(prepared: Prepared, shape: BaseShape) -> InputPlace:
 def _first_pack(prepared: Prepared) -> Batch:
     """The first pack of the run's first step, whichever step it goes on from: int8 is made to fit it."""
     _, _, packs = next(planned_steps(prepared, 1))
-    return collate(packs[0], share=True)
+    return collate(list(packs[0]), share=True)
 
 
 def _largest_pack(prepared: Prepared, first: int) -> Batch:
@@ -185,7 +186,7 @@ def _largest_pack(prepared: Prepared, first: int) -> Batch:
     packs = ((step, pack) for step, _, packs in planned_steps(prepared, first) for pack in packs)
     return largest_pack(
         packs,
-        lambda step, pack: _collate(prepared, step, [list(pack)])[0],
+        lambda step, pack: _collate(prepared, step, [pack])[0],
         fast=prepared.plan.path == "fast",
     )
 
@@ -193,7 +194,7 @@ def _largest_pack(prepared: Prepared, first: int) -> Batch:
 def planned_steps(prepared: Prepared, first: int) -> Iterator[tuple[int, int, Packs]]:
     """(step, epoch, the step's rows by pack) from step `first` to the last: a pure function of recipe, plan and rows."""
     plan, settings, examples = prepared.plan, prepared.recipe.train, prepared.examples
-    lengths = [len(example.input_ids_T) for example in examples]
+    lengths = lengths_of(examples)
     steps_an_epoch = num_steps_an_epoch(rows_an_epoch(prepared.parts), settings.batch_size)
     epoch, planned = -1, list[Step]()
     for step in range(first, plan.num_steps + 1):
@@ -201,7 +202,7 @@ def planned_steps(prepared: Prepared, first: int) -> Iterator[tuple[int, int, Pa
             epoch = (step - 1) // steps_an_epoch
             planned = epoch_packs(lengths, prepared.parts, settings, plan, epoch=epoch)
         packs = planned[(step - 1) % steps_an_epoch]
-        yield step, epoch, [[examples[row] for row in pack] for pack in packs]
+        yield step, epoch, [Picked(examples, pack) for pack in packs]
 
 
 def _collate(prepared: Prepared, step: int, packs: Packs) -> list[Batch]:
@@ -209,8 +210,8 @@ def _collate(prepared: Prepared, step: int, packs: Packs) -> list[Batch]:
     is_fast = prepared.plan.path == "fast"
     if is_fast and prepared.recipe.adapter.dropout:
         seed = prepared.recipe.train.seed
-        return [collate(pack, draw=(seed, step, number)) for number, pack in enumerate(packs)]
-    return [collate(pack, share=is_fast) for pack in packs]
+        return [collate(list(pack), draw=(seed, step, number)) for number, pack in enumerate(packs)]
+    return [collate(list(pack), share=is_fast) for pack in packs]
 
 
 def _take_step(

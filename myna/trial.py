@@ -10,6 +10,7 @@ import torch
 
 from myna.data.packing import Batch
 from myna.data.render import Example
+from myna.data.token_rows import lengths_of
 from myna.engine.memory import peak_memory_mb
 from myna.engine.optim import FlatAdapter
 from myna.engine.step import Stepper
@@ -34,7 +35,7 @@ def largest_pack(
     """
 
     def size(pack: Sequence[Example]) -> int:
-        lengths = [len(example.input_ids_T) for example in pack]
+        lengths = lengths_of(pack)
         return sum(lengths) if fast else len(lengths) * max(lengths)
 
     longest: Batch | None = None

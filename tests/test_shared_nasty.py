@@ -12,9 +12,10 @@ from test_shared_rows import there
 from myna.data.conversation import Conversation, Place
 from myna.data.render import load_chat_tokenizer, render_prompt
 from myna.data.rows import ReadRows, read_conversations
+from myna.data.sides import Learnt
 from myna.errors import DataError
 from myna.recipe import build_recipe
-from myna.rendering import render_rows
+from myna.rendering import render_parts
 
 
 def codes_at(read: ReadRows) -> dict[int, str]:
@@ -87,13 +88,13 @@ def test_rows_that_are_far_too_long_are_counted_and_never_trained_without_an_ans
     rows = read_conversations(there(shared_data / "nasty", "very_long_rows.jsonl")).conversations
     settings = {"data": {"train": "rows.jsonl", "max_length": 512, "cut_long": True}}
     said: list[str] = []
-    examples = render_rows(rows, tokenizer, build_recipe(settings), said.append)
+    sources = [Learnt("rows.jsonl", rows)]
+    examples, _ = render_parts(sources, tokenizer, build_recipe(settings), said.append)
     answered = [row for row in rows if len(render_prompt(first_question(row), tokenizer)) < 512]
     assert f"4 cut, {len(rows) - len(answered)} wholly masked and left out" in said[0]
     assert rows[0] not in answered and [one.place for one in examples] == [row.place for row in answered]
     assert all(one.num_targets for one in examples)
     with pytest.raises(DataError, match="4 of 5 rows are longer than 512 tokens") as caught:
-        render_rows(
-            rows, tokenizer, build_recipe({"data": settings["data"] | {"cut_long": False}}), said.append
-        )
+        uncut = build_recipe({"data": settings["data"] | {"cut_long": False}})
+        render_parts(sources, tokenizer, uncut, said.append)
     assert "data.max_length=" in str(caught.value.help)

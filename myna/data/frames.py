@@ -91,8 +91,10 @@ class Frames:
 
 def is_plain(conversation: Conversation) -> bool:
     """Whether roles and contents are all that there is to it, no tools, and no content is blank."""
-    return not conversation.uses_tools and not any(
-        not message.content or message.content.isspace() for message in conversation.messages
+    return (
+        not conversation.uses_tools
+        and not conversation.is_text
+        and not any(not message.content or message.content.isspace() for message in conversation.messages)
     )
 
 

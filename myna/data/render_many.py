@@ -1,6 +1,6 @@
 """Many rows rendered at once: pieces by frames, tokenized in batches on every core while the next ones are read.
 
-The rows are those that `render_example` gives one by one, to the id.
+The rows are those that `render_examples` gives one by one, to the id.
 """
 
 from __future__ import annotations
@@ -15,18 +15,23 @@ import numpy.typing as npt
 
 from myna.data.conversation import Conversation, Place
 from myna.data.frames import Frame, Frames, filled
-from myna.data.render import IGNORE, ChatTokenizer, given, render_example
+from myna.data.render import IGNORE, ChatTokenizer, given, render_examples
 
 AT_ONCE = 1024  # rows
 
 
 class Rendered(NamedTuple):
-    """A rendered row: its tokens, 1 where they are learnt, how many were cut, and where it stands."""
+    """A rendered row: its tokens, 1 where they are learnt, how many were cut, and where it stands.
+
+    `is_last` is False of a piece of a long text that has more, `is_text` says that it is plain text.
+    """
 
     input_ids_T: npt.NDArray[np.int64]
     trained_T: npt.NDArray[np.uint8]
     num_cut: int
     place: Place | None
+    is_last: bool = True
+    is_text: bool = False
 
     @property
     def num_targets(self) -> int:
@@ -43,7 +48,7 @@ class _Batch(NamedTuple):
 def render_many(
     conversations: Iterable[Conversation], tokenizer: ChatTokenizer, max_length: int
 ) -> Iterator[Rendered]:
-    """`render_example` of each conversation, in their order. Errors as there."""
+    """`render_examples` of each conversation, in their order. Errors as there."""
     rows = iter(conversations)
     frames = Frames(tokenizer)
     with ThreadPoolExecutor(1) as thread:  # the tokenizer works on cores of its own, without Python's lock
@@ -84,7 +89,7 @@ def _finished(batch: _Batch, tokenizer: ChatTokenizer, max_length: int) -> Itera
     piece, start = 0, 0
     for conversation, frame in zip(batch.conversations, batch.frames, strict=True):
         if frame is None:
-            yield _alone(conversation, tokenizer, max_length)
+            yield from _alone(conversation, tokenizer, max_length)
             continue
         own_lengths = lengths[piece : piece + len(frame.pieces)]
         piece += len(frame.pieces)
@@ -93,7 +98,7 @@ def _finished(batch: _Batch, tokenizer: ChatTokenizer, max_length: int) -> Itera
         is_own = row_T[is_control_T[start:end]].tobytes() == frame.control
         start = end
         if not is_own or tokenizer.exceeds_rows or (looks and control.is_watched_in(given(conversation))):
-            yield _alone(conversation, tokenizer, max_length)
+            yield from _alone(conversation, tokenizer, max_length)
             continue
         messages = conversation.messages
         learnt = [one.answer is not None and messages[one.answer].trained for one in frame.pieces]
@@ -102,7 +107,10 @@ def _finished(batch: _Batch, tokenizer: ChatTokenizer, max_length: int) -> Itera
         yield Rendered(row_T[:max_length], trained_T[:max_length], num_cut, conversation.place)
 
 
-def _alone(conversation: Conversation, tokenizer: ChatTokenizer, max_length: int) -> Rendered:
-    row = render_example(conversation, tokenizer, max_length)
-    trained_T = (row.labels_T != IGNORE).astype(np.uint8)
-    return Rendered(row.input_ids_T, trained_T, row.num_cut, row.place)
+def _alone(conversation: Conversation, tokenizer: ChatTokenizer, max_length: int) -> Iterator[Rendered]:
+    rows = list(render_examples(conversation, tokenizer, max_length))
+    for number, row in enumerate(rows, start=1):
+        trained_T = (row.labels_T != IGNORE).astype(np.uint8)
+        yield Rendered(
+            row.input_ids_T, trained_T, row.num_cut, row.place, number == len(rows), conversation.is_text
+        )

@@ -117,12 +117,13 @@ class TokenChecks:
     def _add_alone(self, conversation: Conversation) -> None:
         """One of a batch in which the template refuses a row."""
         try:
-            (row,) = render_many([conversation], self._tokenizer, self._settings.max_length)
+            rows = list(render_many([conversation], self._tokenizer, self._settings.max_length))
         except (ModelError, DataError) as error:
             where = conversation.place or "rows"
             self._findings.refuse(fault("D042", error.message, where=where, help=error.help or OTHER_BASE))
         else:
-            self._add(row)
+            for row in rows:
+                self._add(row)
 
     def _add(self, row: Rendered) -> None:
         length = len(row.input_ids_T) + row.num_cut

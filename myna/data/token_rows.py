@@ -5,7 +5,7 @@
       trained.bin   a byte for each: 1 where it is learnt
       rows.bin      for each row: where it ends, how many tokens were cut from it, its place
       progress.json how far whole rows have been written (a preparation that is interrupted goes on there)
-      done.json     sizes and digest of the whole; what has none is not used
+      done.json     sizes and digests of the whole; what has none is not used
 
 KEY is a digest of everything that the tokens follow from.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ import numpy.typing as npt
 
 from myna.data.conversation import Place
 from myna.data.render import IGNORE, Example
-from myna.run import read_json, sync_file, write_json
+from myna.run import disk_error, read_json, sync_file, write_json
 
 ROW = np.dtype([("end", "<i8"), ("cut", "<i4"), ("file", "<u4"), ("line", "<i8")])
 PACKED_ROW = struct.Struct("<qiIq").pack
@@ -89,9 +88,40 @@ class TokenRows(Sequence[Example]):
         for number in range(len(self)):
             yield self[number]
 
+
+class Picked(Sequence[Example]):
+    """Some rows of a sequence by their numbers, made when they are asked for."""
+
+    def __init__(self, examples: Sequence[Example], numbers: Sequence[int]) -> None:
+        self._examples, self._numbers = examples, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        if isinstance(index, slice):
+            return Picked(self._examples, self._numbers[index])
+        return self._examples[self._numbers[index]]
+
     @property
-    def num_tokens(self) -> int:
-        return len(self._ids)
+    def lengths(self) -> list[int]:
+        if isinstance(self._examples, TokenRows):
+            return [int(self._examples.lengths[number]) for number in self._numbers]
+        return [len(self._examples[number].input_ids_T) for number in self._numbers]
+
+
+def lengths_of(examples: Sequence[Example]) -> list[int]:
+    """The tokens of each row, without making the rows where that can be."""
+    if isinstance(examples, Picked):
+        return examples.lengths
+    if isinstance(examples, TokenRows):
+        found: list[int] = examples.lengths.tolist()
+        return found
+    return [len(example.input_ids_T) for example in examples]
 
 
 class TokenWriter:
@@ -102,20 +132,25 @@ class TokenWriter:
 
     def __init__(self, vocab_size: int, folder: Path | None = None) -> None:
         self._folder, self._type = folder, "<u2" if vocab_size <= 1 << 16 else "<u4"
-        self._ids = array("H" if self._type == "<u2" else "I")
-        self._trained, self._rows = bytearray(), bytearray()
+        self._ids, self._trained, self._rows = bytearray(), bytearray(), bytearray()
         self._num_rows, self._end, self._places = 0, 0, Places()
+        self._digests = [hashlib.sha256() for _ in NAMES]
         self.facts: dict[str, Any] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             self._go_on(folder)
 
     def add(
-        self, ids: Sequence[int], trained: bytes, *, num_cut: int = 0, place: Place | None = None
+        self,
+        ids: Sequence[int] | npt.NDArray[np.int64],
+        trained: bytes,
+        *,
+        num_cut: int = 0,
+        place: Place | None = None,
     ) -> None:
         """A row: its tokens, a byte for each that is 1 where it is learnt, how many were cut."""
         assert len(ids) == len(trained)
-        self._ids.extend(ids)
+        self._ids += np.asarray(ids).astype(self._type).tobytes()
         self._trained += trained
         self._end += len(ids)
         if place is not None and place.part:
@@ -129,25 +164,29 @@ class TokenWriter:
         self.facts = facts
         if self._folder is None:
             return
-        contents: tuple[bytes | bytearray, ...] = (self._ids.tobytes(), self._trained, self._rows)
-        for name, content in zip(NAMES, contents, strict=True):
-            with (self._folder / name).open("ab") as file:
-                file.write(content)
-            sync_file(self._folder / name)
-        del self._ids[:]
-        self._trained.clear()
-        self._rows.clear()
+        try:
+            contents = (self._ids, self._trained, self._rows)
+            for name, content, digest in zip(NAMES, contents, self._digests, strict=True):
+                with (self._folder / name).open("ab") as file:
+                    file.write(content)
+                sync_file(self._folder / name)
+                digest.update(content)
+                content.clear()
+        except OSError as error:
+            raise disk_error(error, self._folder) from error
         write_json(self._folder / PROGRESS, self._state())
 
     def finish(self, facts: dict[str, Any]) -> TokenRows:
         """The rows, whole."""
+        if not self._num_rows:
+            nothing = np.zeros(0, np.uint8)
+            return TokenRows(nothing, nothing, np.zeros(0, ROW), self._places)
         if self._folder is None:
             rows = np.frombuffer(bytes(self._rows), ROW)
-            ids = np.frombuffer(self._ids.tobytes(), self._type)
+            ids = np.frombuffer(bytes(self._ids), self._type)
             return TokenRows(ids, np.frombuffer(bytes(self._trained), np.uint8), rows, self._places)
         self.commit(facts)
-        done = self._state() | {"sha256": _digest(self._folder)}
-        write_json(self._folder / DONE, done)
+        write_json(self._folder / DONE, self._state())
         found = read_tokens(self._folder)
         assert found is not None
         return found[0]
@@ -157,6 +196,7 @@ class TokenWriter:
             "type": self._type,
             "rows": self._num_rows,
             "tokens": self._end,
+            "sha256": [digest.hexdigest() for digest in self._digests],
             "files": self._places.files,
             "units": self._places.units,
             "parts": {str(n): part for n, part in self._places.parts.items()},
@@ -165,17 +205,15 @@ class TokenWriter:
 
     def _go_on(self, folder: Path) -> None:
         state = _state_of(folder / PROGRESS)
-        sizes = _sizes(state) if state else (0, 0, 0)
-        there = [(folder / name).stat().st_size if (folder / name).is_file() else 0 for name in NAMES]
-        if (
-            state is None
-            or state["type"] != self._type
-            or any(a < b for a, b in zip(there, sizes, strict=True))
-        ):
-            state, sizes = None, (0, 0, 0)
-        for name, size in zip(NAMES, sizes, strict=True):
-            with (folder / name).open("ab") as file:
-                file.truncate(size)
+        if state is not None and state["type"] == self._type and _is_there(folder, _sizes(state)):
+            _truncate(folder, _sizes(state))
+            self._digests = [_digest(folder / name) for name in NAMES]
+        else:
+            state = None
+        if state is None or [digest.hexdigest() for digest in self._digests] != state["sha256"]:
+            state = None
+            _truncate(folder, (0, 0, 0))
+            self._digests = [hashlib.sha256() for _ in NAMES]
         if state:
             self._num_rows, self._end = state["rows"], state["tokens"]
             self._places, self.facts = _places_of(state), state["facts"]
@@ -187,7 +225,9 @@ def read_tokens(folder: Path) -> tuple[TokenRows, dict[str, Any]] | None:
     if state is None or any(not (folder / name).is_file() for name in NAMES):
         return None
     sizes = tuple((folder / name).stat().st_size for name in NAMES)
-    if sizes != _sizes(state) or _digest(folder) != state.get("sha256") or not state["rows"]:
+    if sizes != _sizes(state) or not state["rows"]:
+        return None
+    if [_digest(folder / name).hexdigest() for name in NAMES] != state["sha256"]:
         return None
     ids, trained, rows = (
         np.memmap(folder / name, dtype, "r")
@@ -212,13 +252,24 @@ def _places_of(state: dict[str, Any]) -> Places:
     return Places(state["files"], state["units"], {int(n): part for n, part in state["parts"].items()})
 
 
-def _digest(folder: Path) -> str:
+def _is_there(folder: Path, sizes: tuple[int, int, int]) -> bool:
+    """Whether the files have at least so many bytes."""
+    files = [(folder / name, size) for name, size in zip(NAMES, sizes, strict=True)]
+    return all(path.is_file() and path.stat().st_size >= size for path, size in files)
+
+
+def _truncate(folder: Path, sizes: tuple[int, int, int]) -> None:
+    for name, size in zip(NAMES, sizes, strict=True):
+        with (folder / name).open("ab") as file:
+            file.truncate(size)
+
+
+def _digest(path: Path) -> Any:
     digest = hashlib.sha256()
-    for name in NAMES:
-        with (folder / name).open("rb") as file:
-            while block := file.read(DIGESTED_AT_ONCE):
-                digest.update(block)
-    return digest.hexdigest()
+    with path.open("rb") as file:
+        while block := file.read(DIGESTED_AT_ONCE):
+            digest.update(block)
+    return digest
 
 
 def key_of(facts: dict[str, Any]) -> str:
