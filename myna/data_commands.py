@@ -130,7 +130,7 @@ def convert(
     from myna.data.check import gathered
     from myna.data.rows import as_row, read_conversations
     from myna.data.stdin_rows import spooled
-    from myna.run import write_text
+    from myna.run import write_lines
 
     if out.exists() and not yes:
         raise UsageError("is there already", where=str(out), help="--yes replaces it")
@@ -143,13 +143,13 @@ def convert(
             raise gathered(read.faults, rows)
         # before out is written: it may be the rows' own file
         kept = _quarantine(read.faults, out.with_suffix(""), on_bad_row, told)
-        lines = [json.dumps(as_row(one), ensure_ascii=False) + "\n" for one in read.conversations]
-    write_text(out, "".join(lines))
+    rows_out = read.conversations
+    write_lines(out, (json.dumps(as_row(one), ensure_ascii=False) + "\n" for one in rows_out))
     if as_json:
-        print_json({"out": str(out), "rows": len(lines), "left_out": len(read.faults), "quarantine": kept})
+        print_json({"out": str(out), "rows": len(rows_out), "left_out": len(read.faults), "quarantine": kept})
         return
     console = new_console()
-    console.print(f"{len(lines)} conversations written to {out}", highlight=False)
+    console.print(f"{len(rows_out)} conversations written to {out}", highlight=False)
     if read.faults:
         console.print(f"{len(read.faults)} faulty rows are left out{_kept_in(kept)}", highlight=False)
 

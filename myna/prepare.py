@@ -27,7 +27,7 @@ from myna.pack_facts import PackFacts, first_packs
 from myna.plan import FrozenPlan, freeze_plan, read_plan, this_machine
 from myna.recipe import DEFAULT_MAX_LENGTH, Recipe, recipe_yaml
 from myna.rendering import render_parts, short_enough, validation_examples
-from myna.run import Run, new_directory, timestamp, write_json, write_text
+from myna.run import Run, new_directory, timestamp, write_json, write_lines, write_text
 from myna.stored import pinned_base, stored_recipe
 
 DEFAULT_PACK_TOKENS = 1024  # on a CPU a larger pack is no faster and takes about 1.5 MB more a token
@@ -53,7 +53,7 @@ class Prepared:
     recipe: Recipe
     base: BaseFiles
     examples: Sequence[Example]
-    test: tuple[Conversation, ...]
+    test: Sequence[Conversation]
     plan: FrozenPlan
     parts: tuple[Part, ...]
     validation: Sequence[Example] = ()
@@ -100,7 +100,7 @@ def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
     if quarantined:
         write_text(run.quarantine_path, quarantined)
         run.record([run.quarantine_path])
-    return Prepared(run, resolved, base, examples, tuple(test), plan, parts, validated)
+    return Prepared(run, resolved, base, examples, test, plan, parts, validated)
 
 
 def plan_rows(recipe: Recipe, say: Say) -> PackFacts:
@@ -208,7 +208,7 @@ def _write_run(
     save_tokenizer(base.folder, run.tokenizer_dir, tokenizer)
     for path, rows in kept.items():
         if rows:
-            write_text(path, "".join(json.dumps(as_row(row), ensure_ascii=False) + "\n" for row in rows))
+            write_lines(path, (json.dumps(as_row(row), ensure_ascii=False) + "\n" for row in rows))
     versions = {"myna": myna.__version__, "python": platform.python_version()}
     versions |= {name: version(name) for name in LIBRARIES}
     info = {"name": run.name, "created": timestamp(), **inputs}

@@ -14,6 +14,7 @@ from myna.data.epochs import Part, rows_an_epoch
 from myna.data.render import ChatTokenizer, Example
 from myna.data.render_many import render_many
 from myna.data.sides import Learnt
+from myna.data.spool import chosen
 from myna.data.token_cache import RenderedCounts, render_into_tokens
 from myna.data.token_checks import ALLOWED_CUT
 from myna.data.token_rows import TokenRows
@@ -82,12 +83,12 @@ def short_enough(
     say: Say,
     *,
     what: str = "held-out rows",
-) -> list[Conversation]:
+) -> Sequence[Conversation]:
     """Held-out rows that fit into data.max_length, which no runtime has to cut; how many do not is said."""
     max_length = recipe.data.max_length
     assert max_length is not None
     asked = render_many((row for row in rows if not row.is_text), tokenizer, max_length)
-    kept = [row for row in rows if row.is_text or not next(asked).num_cut]
+    kept = chosen(rows, lambda row: row.is_text or not next(asked).num_cut)
     if len(kept) < len(rows):
         say(f"{len(rows) - len(kept)} {what} are longer than data.max_length and left out")
     return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from myna.data.conversation import Conversation
@@ -90,17 +91,17 @@ def refuse_existing(run: Run) -> None:
         )
 
 
-def held_out(run: Run) -> tuple[Conversation, ...]:
+def held_out(run: Run) -> Sequence[Conversation]:
     """The run's held-out rows, with its system text where they have none."""
     return _kept(run.test_path)
 
 
-def validation_rows(run: Run) -> tuple[Conversation, ...]:
+def validation_rows(run: Run) -> Sequence[Conversation]:
     """The rows that the validation loss was of, as held_out has the others."""
     return _kept(run.validation_path)
 
 
-def _kept(path: Path) -> tuple[Conversation, ...]:
+def _kept(path: Path) -> Sequence[Conversation]:
     if not path.is_file():
         return ()
     with path.open(encoding="utf-8") as file:

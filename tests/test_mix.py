@@ -54,7 +54,7 @@ def test_files_are_read_each_in_its_way_and_only_the_first_is_held_out_from(reci
     orders, chat = sides.train
     assert [len(orders.rows), len(sides.test), chat.weight] == [19, 5, 0.5]
     assert {row.messages[0].content for row in chat.rows} == {"Be kind."}
-    assert {row.messages[0].content for row in orders.rows + sides.test} == {"As JSON."}
+    assert {row.messages[0].content for row in (*orders.rows, *sides.test)} == {"As JSON."}
     without = recipe.model_copy(update={"data": recipe.data.model_copy(update={"mix": []})})
     assert read_sides(without, None, said.append).test == sides.test
     assert not trained_prompts(chat.rows) & trained_prompts(sides.test)

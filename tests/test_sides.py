@@ -70,7 +70,7 @@ def test_groups_come_from_a_key_of_the_rows(tmp_path: Path) -> None:
     said: list[str] = []
     found = sides(tmp_path, rows, said, group_by="customer", test_fraction=0.2, system="Be brief.")
     assert not {row.group for row in found.train[0].rows} & {row.group for row in found.test}
-    assert {row.group for row in found.train[0].rows + found.test} == {str(n) for n in range(9)}
+    assert {row.group for row in (*found.train[0].rows, *found.test)} == {str(n) for n in range(9)}
     assert "ignored" not in said[0] and said[1].endswith("(data.test_fraction, by customer)")
     last = sides(tmp_path, rows, group_by="customer", test_fraction=0.2, train_on="last")
     assert prompts(last.test) == prompts(found.test)

@@ -112,7 +112,7 @@ def test_training_rows_that_stand_in_the_test_file_are_dropped() -> None:
     kept, num_dropped = drop_overlap(train, [ask("x", "the answer"), ask("z")])
     assert kept == (train[1], train[3])
     assert num_dropped == 2
-    assert drop_overlap(train, []) == (tuple(train), 0)
+    assert drop_overlap(train, []) == (train, 0)
 
 
 def test_splits_of_before_there_were_groups_and_labels_are_as_they_were() -> None:
@@ -165,7 +165,7 @@ def test_prompts_that_the_system_text_makes_the_same_are_the_same() -> None:
         split = split_rows(rows, test_fraction=0.3, seed=seed, system="s")
         assert not prompts_as_trained(split.train, "s") & prompts_as_trained(split.test, "s")
     assert drop_overlap([rows[0]], [rows[1]], "s") == ((), 1)
-    assert drop_overlap([rows[0]], [rows[1]]) == ((rows[0],), 0)
+    assert drop_overlap([rows[0]], [rows[1]]) == ([rows[0]], 0)
 
 
 def prompts_as_trained(rows: tuple[Conversation, ...], system: str) -> set[tuple[Message, ...]]:

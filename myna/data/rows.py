@@ -14,6 +14,7 @@ from myna.data.detect import NO_COLUMNS, Detected, has_required
 from myna.data.formats import FORMATS, format_named, keys_of
 from myna.data.shapes import AS_THEY_COME, Reading
 from myna.data.sources import digest_of, is_there, title_of
+from myna.data.spool import Changed, Spool
 from myna.data.stream import stream_rows
 from myna.errors import DataError
 from myna.recipe import DataSettings
@@ -27,7 +28,7 @@ class LoadedRows:
     `said` are the sentences to tell the user; `left_out` are the faults of rows that were to be skipped.
     """
 
-    conversations: tuple[Conversation, ...]
+    conversations: Sequence[Conversation]
     format_name: str
     confidence: float
     ignored_keys: tuple[str, ...]
@@ -45,7 +46,7 @@ class ReadRows:
     """
 
     path: Path
-    conversations: tuple[Conversation, ...]
+    conversations: Sequence[Conversation]
     detected: Detected | None
     num_rows: int
     faults: tuple[DataError, ...]
@@ -84,7 +85,7 @@ def load_rows(
     )
     if data.train_on == "all":
         return loaded
-    return replace(loaded, conversations=tuple(c.last_turn_trained() for c in loaded.conversations))
+    return replace(loaded, conversations=Changed(loaded.conversations, Conversation.last_turn_trained))
 
 
 def _digest_if_there(path: Path) -> str | None:
@@ -153,22 +154,22 @@ def read_conversations(
     """As `load_conversations`, with the faults beside what could be read."""
     read = stream_rows(
         path,
-        _Lists,
+        _Kept,
         format_name=format_name,
         columns=columns,
         max_rows=max_rows,
         reading=reading,
     )
-    lists = read.sink
-    conversations = tuple(lists.conversations) if read.detected else ()
-    return ReadRows(path, conversations, read.detected, read.num_rows, tuple(lists.faults), read.notes)
+    kept = read.sink
+    conversations = kept.conversations.settled() if read.detected else ()
+    return ReadRows(path, conversations, read.detected, read.num_rows, tuple(kept.faults), read.notes)
 
 
-class _Lists:
-    """Conversations and faults as lists."""
+class _Kept:
+    """Conversations, on disk where they are many, and faults."""
 
     def __init__(self) -> None:
-        self.conversations: list[Conversation] = []
+        self.conversations = Spool()
         self.faults: list[DataError] = []
         self.take, self.refuse = self.conversations.append, self.faults.append
 

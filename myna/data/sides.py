@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from myna.data.conversation import Conversation
 from myna.data.rows import LoadedRows, load_rows
 from myna.data.split import drop_asked, drop_overlap, split_rows
+from myna.data.spool import chosen, with_system
 from myna.errors import DataError
 from myna.recipe import DataSettings, MixedRows, Recipe, is_path
 
@@ -27,7 +29,7 @@ class Learnt:
     """The training rows of one file, and how often each is seen an epoch."""
 
     path: str
-    rows: tuple[Conversation, ...]
+    rows: Sequence[Conversation]
     weight: float = 1.0
 
 
@@ -39,8 +41,8 @@ class Sides:
     """
 
     train: tuple[Learnt, ...]
-    validation: tuple[Conversation, ...]
-    test: tuple[Conversation, ...]
+    validation: Sequence[Conversation]
+    test: Sequence[Conversation]
     loaded: Mapping[str, LoadedRows]
 
 
@@ -95,23 +97,25 @@ def read_sides(recipe: Recipe, known: Mapping[str, Any] | None, say: Say) -> Sid
     sides = _apart(recipe, {name: rows.conversations for name, rows in loaded.items()}, system, say)
     if not sides["train"]:
         raise DataError("no row is left to train on", where=data.train)
-    asked = tuple(conversation for conversation in sides["test"] if conversation.messages[-1].trained)
+    asked = chosen(sides["test"], lambda conversation: conversation.messages[-1].trained)
     if len(asked) < len(sides["test"]):
         say(
             f"{len(sides['test']) - len(asked)} held-out rows end with an answer of weight 0, "
             "which is no answer to measure by"
         )
     sides["test"] = asked
-    of_all = {name: tuple(one.with_system(data.system) for one in rows) for name, rows in sides.items()}
-    held_out = (*of_all["validation"], *of_all["test"])
+    of_all = {name: with_system(rows, data.system) for name, rows in sides.items()}
+    held_out = (of_all["validation"], of_all["test"])
     mixed = [_mixed(one, loaded[f"mix.{n}"], held_out, say) for n, one in enumerate(data.mix, start=1)]
     return Sides((Learnt(data.train, of_all["train"]), *mixed), of_all["validation"], of_all["test"], loaded)
 
 
-def _mixed(one: MixedRows, loaded: LoadedRows, held_out: Sequence[Conversation], say: Say) -> Learnt:
+def _mixed(
+    one: MixedRows, loaded: LoadedRows, held_out: Sequence[Sequence[Conversation]], say: Say
+) -> Learnt:
     """The rows of a file of data.mix, without those whose prompt or group is held out."""
-    with_system = tuple(row.with_system(one.system) for row in loaded.conversations)
-    rows, num_dropped = drop_asked(with_system, held_out)
+    own = with_system(loaded.conversations, one.system)
+    rows, num_dropped = drop_asked(own, chain.from_iterable(held_out))
     if num_dropped:
         say(f"{num_dropped} rows of {_name(one.train)} were left out: their prompts are held out")
     if not rows:
@@ -121,10 +125,10 @@ def _mixed(one: MixedRows, loaded: LoadedRows, held_out: Sequence[Conversation],
 
 def _apart(
     recipe: Recipe, given: Mapping[str, Sequence[Conversation]], system: str | None, say: Say
-) -> dict[str, tuple[Conversation, ...]]:
+) -> dict[str, Sequence[Conversation]]:
     """The rows of the files as they are given, what stands on two sides left out of the one that learns from it."""
     data = recipe.data
-    train, test = tuple(given["train"]), tuple(given.get("test", ()))
+    train, test = given["train"], given.get("test", ())
     validation, num_dropped = drop_overlap(given.get("validation", ()), test, system)
     if num_dropped:
         say(f"{num_dropped} validation rows were left out: their prompts stand in {_name(data.test)} too")

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from msgspec.structs import replace
 
 from myna.data.check import fault
 from myna.data.conversation import Conversation
+from myna.data.spool import Chosen, chosen
 from myna.errors import DataError
 
 ALL_TRAINED = "--set data.test_fraction=0 trains on every row and holds nothing out"
@@ -27,17 +29,9 @@ ROWS_A_LABEL = 2  # with fewer rows to a label on average the answers are no lab
 class Split:
     """Each conversation once, in the order of the file."""
 
-    train: tuple[Conversation, ...]
-    validation: tuple[Conversation, ...]
-    test: tuple[Conversation, ...]
-
-
-@dataclass
-class _Unit:
-    """Rows that stay together: how many, and how many of each label."""
-
-    num_rows: int = 0
-    labels: Counter[str] = field(default_factory=Counter)
+    train: Sequence[Conversation]
+    validation: Sequence[Conversation]
+    test: Sequence[Conversation]
 
 
 def split_rows(
@@ -57,44 +51,44 @@ def split_rows(
     the same are the same. Raises DataError where no row would be left to train on, or no label could be held out.
     """
     ranks = _ranks(conversations, seed, system)
-    units: dict[str, _Unit] = {}
-    for rank, conversation in zip(ranks, conversations, strict=True):
-        unit = units.setdefault(rank, _Unit())
-        unit.num_rows += 1
-        unit.labels[conversation.answer() if stratify else ""] += 1
     num_parts = 1 + (test_fraction > 0) + (validation_fraction > 0)
+    units = _units(ranks)
     if len(units) < num_parts or test_fraction + validation_fraction >= 1:
         raise _nothing_left(conversations, len(units))
-    choose = _by_label if stratify and num_parts > 1 else _held_out
-    ranked = {rank: units[rank] for rank in sorted(units)}
-    if choose is _by_label:
-        _refuse_no_labels(conversations)
     num_rows = len(conversations)
-    test = choose(ranked, test_fraction, num_rows, num_parts - 1)
-    rest = {rank: unit for rank, unit in ranked.items() if rank not in test}
-    validation = choose(rest, validation_fraction, num_rows, 1)
-    sides: dict[str, list[Conversation]] = {"train": [], "validation": [], "test": []}
-    for rank, conversation in zip(ranks, conversations, strict=True):
+    if stratify and num_parts > 1:
+        _refuse_no_labels(conversations)
+        labels = _labels(ranks, conversations)
+        test = _by_label(labels, test_fraction, num_rows, num_parts - 1)
+        rest = {rank: counts for rank, counts in labels.items() if rank not in test}
+        validation = _by_label(rest, validation_fraction, num_rows, 1)
+    else:
+        test = _held_out(units, test_fraction, num_rows, num_parts - 1)
+        validation = _held_out(units.without(test), validation_fraction, num_rows, 1)
+    sides: dict[str, array[int]] = {name: array("Q") for name in ("train", "validation", "test")}
+    for number, rank in enumerate(ranks):
         side = "test" if rank in test else "validation" if rank in validation else "train"
-        sides[side].append(conversation)
-    return Split(tuple(sides["train"]), tuple(sides["validation"]), tuple(sides["test"]))
+        sides[side].append(number)
+    return Split(**{name: Chosen(conversations, numbers) for name, numbers in sides.items()})
 
 
 def drop_overlap(
     rows: Sequence[Conversation], others: Sequence[Conversation], system: str | None = None
-) -> tuple[tuple[Conversation, ...], int]:
+) -> tuple[Sequence[Conversation], int]:
     """The rows whose prompt (and group, where they have one) does not stand in `others`, and how many were dropped."""
+    if not len(others):
+        return rows, 0
     elsewhere = {key for conversation in others for key in _keys(conversation, 0, system)}
-    kept = tuple(one for one in rows if elsewhere.isdisjoint(_keys(one, 0, system)))
+    kept = chosen(rows, lambda one: elsewhere.isdisjoint(_keys(one, 0, system)))
     return kept, len(rows) - len(kept)
 
 
 def drop_asked(
-    rows: Sequence[Conversation], others: Sequence[Conversation]
-) -> tuple[tuple[Conversation, ...], int]:
+    rows: Sequence[Conversation], others: Iterable[Conversation]
+) -> tuple[Sequence[Conversation], int]:
     """As `drop_overlap`, whatever the system texts: for rows of files that have system texts of their own."""
     elsewhere = {key for conversation in others for key in _keys(_without_system(conversation), 0, None)}
-    kept = tuple(one for one in rows if elsewhere.isdisjoint(_keys(_without_system(one), 0, None)))
+    kept = chosen(rows, lambda one: elsewhere.isdisjoint(_keys(_without_system(one), 0, None)))
     return kept, len(rows) - len(kept)
 
 
@@ -111,13 +105,18 @@ def _without_ids(turn: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _keys(conversation: Conversation, seed: int, system: str | None) -> Iterator[str]:
+def _keys(conversation: Conversation, seed: int, system: str | None) -> Iterator[int]:
     """What ties a row to others: its prompt, the prompt as `system` makes it, its group."""
-    yield _prompt_digest(conversation.asked_of(), seed)
+    yield _key(_prompt_digest(conversation.asked_of(), seed))
     if system:
-        yield _prompt_digest(conversation.with_system(system).asked_of(), seed)
+        yield _key(_prompt_digest(conversation.with_system(system).asked_of(), seed))
     if conversation.group is not None:
-        yield _group_digest(conversation.group, seed)
+        yield _key(_digest(seed, {"group": conversation.group}))
+
+
+def _key(digest: str) -> int:
+    """The first 8 bytes of a digest, in the order of the whole ones. Two that are alike by chance stay on one side."""
+    return int(digest[:16], 16)
 
 
 def _prompt_digest(prompt: Conversation, seed: int) -> str:
@@ -129,18 +128,22 @@ def _digest(seed: int, *values: object) -> str:
     return hashlib.sha256(json.dumps([seed, *values]).encode()).hexdigest()
 
 
-def _group_digest(group: str, seed: int) -> str:
-    return _digest(seed, {"group": group})
+def _ranks(conversations: Sequence[Conversation], seed: int, system: str | None) -> array[int]:
+    """The rank of each row's unit: the least key in it, of its groups where it has any, else of its prompts."""
+    ranks, is_tied = array("Q"), False
+    for one in conversations:
+        ranks.append(next(_keys(one, seed, None)))
+        # its own system text may be `system`, and its prompt that of a row without one
+        is_tied = is_tied or one.group is not None or bool(system and one.messages[0].role == "system")
+    return _tied_ranks(conversations, seed, system) if is_tied else ranks
 
 
-def _ranks(conversations: Sequence[Conversation], seed: int, system: str | None) -> list[str]:
-    """The rank of each row's unit: the least digest in it, of its groups where it has any, else of its prompts."""
+def _tied_ranks(conversations: Sequence[Conversation], seed: int, system: str | None) -> array[int]:
+    """The ranks where rows of several prompts may be one unit; the keys of all are held for it."""
     keys = [tuple(_keys(conversation, seed, system)) for conversation in conversations]
-    if all(len(set(one)) == 1 for one in keys):
-        return [one[0] for one in keys]
-    parents: dict[str, str] = {}
+    parents: dict[int, int] = {}
 
-    def root(key: str) -> str:
+    def root(key: int) -> int:
         while parents.setdefault(key, key) != key:
             parents[key] = parents[parents[key]]
             key = parents[key]
@@ -149,30 +152,64 @@ def _ranks(conversations: Sequence[Conversation], seed: int, system: str | None)
     for one in keys:
         for key in one[1:]:
             parents[root(key)] = root(one[0])
-    least: dict[str, str] = {}
+    least: dict[int, int] = {}
     for one, conversation in zip(keys, conversations, strict=True):
         rank = one[0] if conversation.group is None else one[-1]
         least[root(one[0])] = min(least.get(root(one[0]), rank), rank)
-    return [least[root(one[0])] for one in keys]
+    return array("Q", (least[root(one[0])] for one in keys))
 
 
-def _held_out(ranked: Mapping[str, _Unit], fraction: float, num_rows: int, num_others: int) -> set[str]:
+class _Units:
+    """The ranks that there are, in their order, and how many rows each has."""
+
+    def __init__(self, ranks: Any, sizes: Any) -> None:
+        self.ranks, self.sizes = ranks, sizes
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    def without(self, some: set[int]) -> _Units:
+        import numpy as np
+
+        left = ~np.isin(self.ranks, np.array(sorted(some), np.uint64))
+        return _Units(self.ranks[left], self.sizes[left])
+
+
+def _units(ranks: array[int]) -> _Units:
+    import numpy as np
+
+    return _Units(*np.unique(np.array(ranks, np.uint64), return_counts=True))
+
+
+def _labels(ranks: Sequence[int], conversations: Sequence[Conversation]) -> dict[int, Counter[str]]:
+    """How many rows each unit has of each label, by rank."""
+    found: dict[int, Counter[str]] = {}
+    for rank, conversation in zip(ranks, conversations, strict=True):
+        found.setdefault(rank, Counter())[conversation.answer()] += 1
+    return {rank: found[rank] for rank in sorted(found)}
+
+
+def _held_out(units: _Units, fraction: float, num_rows: int, num_others: int) -> set[int]:
     """Units by rank as long as their rows fit into `fraction` of all; where none fits, the one with fewest rows.
 
     `num_others` units are left at least, one for each part of the split that comes after.
     """
     if not fraction * num_rows:
         return set()
-    chosen: set[str] = set()
+    held_out: set[int] = set()
     left = round(fraction * num_rows)
-    for rank, unit in ranked.items():
-        if unit.num_rows <= left and len(chosen) < len(ranked) - num_others:
-            chosen.add(rank)
-            left -= unit.num_rows
-    return chosen or {min(ranked, key=lambda rank: ranked[rank].num_rows)}
+    for rank, size in zip(units.ranks, units.sizes, strict=True):
+        if not left or len(held_out) >= len(units) - num_others:
+            break
+        if size <= left:
+            held_out.add(int(rank))
+            left -= int(size)
+    return held_out or {int(units.ranks[units.sizes.argmin()])}
 
 
-def _by_label(ranked: Mapping[str, _Unit], fraction: float, num_rows: int, num_others: int) -> set[str]:
+def _by_label(
+    ranked: Mapping[int, Counter[str]], fraction: float, num_rows: int, num_others: int
+) -> set[int]:
     """Units by rank as long as the rows of each of their labels fit into that label's part.
 
     A label's part is `fraction` of its rows, in whole rows, the largest remainders first (Hamilton), so that the parts
@@ -181,8 +218,8 @@ def _by_label(ranked: Mapping[str, _Unit], fraction: float, num_rows: int, num_o
     if not fraction:
         return set()
     sizes: Counter[str] = Counter()
-    for unit in ranked.values():
-        sizes.update(unit.labels)
+    for labels in ranked.values():
+        sizes.update(labels)
     of_these = fraction * num_rows / sizes.total()  # of the rows that earlier parts left
     left = {label: int(of_these * size) for label, size in sizes.items()}
     spare = round(of_these * sizes.total()) - sum(left.values())
@@ -190,22 +227,22 @@ def _by_label(ranked: Mapping[str, _Unit], fraction: float, num_rows: int, num_o
         if spare > 0 and sizes[label] - left[label] > num_others:
             left[label] += 1
             spare -= 1
-    chosen = set()
-    for rank, unit in ranked.items():
-        fits = all(count <= left[label] and count < sizes[label] for label, count in unit.labels.items())
+    held_out = set()
+    for rank, labels in ranked.items():
+        fits = all(count <= left[label] and count < sizes[label] for label, count in labels.items())
         if fits:
-            chosen.add(rank)
-            for label, count in unit.labels.items():
+            held_out.add(rank)
+            for label, count in labels.items():
                 left[label] -= count
                 sizes[label] -= count
-    if not chosen:
+    if not held_out:
         raise fault(
             "D020",
             f"no row can be held out so that each of {len(sizes)} labels keeps one to train on",
             where="data.stratify",
             help="--set data.stratify=false holds out without regard to labels, or a larger data.test_fraction",
         )
-    return chosen
+    return held_out
 
 
 def _refuse_no_labels(conversations: Sequence[Conversation]) -> None:

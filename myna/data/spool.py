@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 import weakref
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, overload
 
@@ -24,7 +24,30 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Conversation).decode
 
 
-class Spool(Sequence[Conversation]):
+class _View(Sequence[Conversation]):
+    """Conversations that are made of others when they are asked for; equal to what has the same ones."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @overload
+    def __getitem__(self, index: int) -> Conversation: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Conversation]: ...
+    def __getitem__(self, index: int | slice) -> Conversation | Sequence[Conversation]:
+        if isinstance(index, slice):
+            return Chosen(self, array("Q", range(*index.indices(len(self)))))
+        return self._one(range(len(self))[index])
+
+    def _one(self, number: int) -> Conversation:
+        raise NotImplementedError
+
+
+class Spool(_View):
     """Conversations that are added once and read by number as often as wanted.
 
     `folder` is where the file lies (default: the system's folder for temporary files, which may itself be memory).
@@ -49,6 +72,10 @@ class Spool(Sequence[Conversation]):
         if self._num_unwritten >= WRITTEN_AT_ONCE:
             self._write()
 
+    def settled(self) -> Sequence[Conversation]:
+        """The same, as a tuple where all are in memory."""
+        return self if self._ends[-1] else tuple(self._held)
+
     def extend(self, conversations: Iterable[Conversation]) -> None:
         for conversation in conversations:
             self.append(conversation)
@@ -56,14 +83,7 @@ class Spool(Sequence[Conversation]):
     def __len__(self) -> int:
         return len(self._held) + len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> Conversation: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Conversation]: ...
-    def __getitem__(self, index: int | slice) -> Conversation | Sequence[Conversation]:
-        if isinstance(index, slice):
-            return Chosen(self, array("Q", range(*index.indices(len(self)))))
-        number = range(len(self))[index]
+    def _one(self, number: int) -> Conversation:
         if number < len(self._held):
             return self._held[number]
         number -= len(self._held)
@@ -101,24 +121,49 @@ class Spool(Sequence[Conversation]):
         self._unwritten, self._num_unwritten = [], 0
 
 
-class Chosen(Sequence[Conversation]):
+class Chosen(_View):
     """Some conversations of a sequence, by their numbers, in the order of these; 8 bytes of each are held."""
 
     def __init__(self, conversations: Sequence[Conversation], numbers: array[int]) -> None:
-        self._all, self.numbers = conversations, numbers
+        self._all, self._numbers = conversations, numbers
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self._numbers)
 
-    @overload
-    def __getitem__(self, index: int) -> Conversation: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Conversation]: ...
-    def __getitem__(self, index: int | slice) -> Conversation | Sequence[Conversation]:
-        if isinstance(index, slice):
-            return Chosen(self._all, self.numbers[index])
-        return self._all[self.numbers[index]]
+    def _one(self, number: int) -> Conversation:
+        return self._all[self._numbers[number]]
 
     def __iter__(self) -> Iterator[Conversation]:
-        for number in self.numbers:
+        for number in self._numbers:
             yield self._all[number]
+
+
+class Changed(_View):
+    """Every conversation of a sequence as `change` makes it."""
+
+    def __init__(
+        self, conversations: Sequence[Conversation], change: Callable[[Conversation], Conversation]
+    ) -> None:
+        self._all, self._change = conversations, change
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def _one(self, number: int) -> Conversation:
+        return self._change(self._all[number])
+
+    def __iter__(self) -> Iterator[Conversation]:
+        return map(self._change, self._all)
+
+
+def chosen(
+    conversations: Sequence[Conversation], is_wanted: Callable[[Conversation], bool]
+) -> Sequence[Conversation]:
+    """Those that are wanted, in their order."""
+    numbers = array("Q", (n for n, one in enumerate(conversations) if is_wanted(one)))
+    return conversations if len(numbers) == len(conversations) else Chosen(conversations, numbers)
+
+
+def with_system(conversations: Sequence[Conversation], system: str | None) -> Sequence[Conversation]:
+    """Each with `system` in front, unless it has a system message of its own."""
+    return Changed(conversations, lambda one: one.with_system(system)) if system else conversations
