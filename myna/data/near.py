@@ -9,6 +9,7 @@ answer have to be alike too: many questions may be asked of one text.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
@@ -23,15 +24,15 @@ FEWEST_WORDS = 8  # of shorter rows three words of each are too many to tell by
 BORDER = 12  # words on either side of where the answer begins
 BORDER_ALIKE = 0.6  # the part of these words, whatever their order
 AT_ONCE = 1000
-MOST_ROWS = 1_000_000  # about 1 kB of memory each
+MOST_ROWS = 300_000  # about 3 kB of memory each, most of it the index
 
 
 class _Row:
-    """A conversation: its number, the hash of its text, the words around the beginning of its answer, its minima."""
+    """A conversation: its number, the hash of its text, those of the words around the beginning of its answer, its minima."""
 
     __slots__ = ("border", "minima", "number", "text")
 
-    def __init__(self, number: int, text: int, border: frozenset[str]) -> None:
+    def __init__(self, number: int, text: int, border: array[int]) -> None:
         self.number, self.text, self.border = number, text, border
         self.minima: Any = None
 
@@ -60,7 +61,7 @@ class NearDuplicates:
             turns = [m.text for m in conversation.messages if m.role != "system"]
             text = "\n".join(turns)
             asked = turns[-2].split()[-BORDER:] if len(turns) > 1 else []
-            border = frozenset(asked + turns[-1].split()[:BORDER])
+            border = _hashes(asked + turns[-1].split()[:BORDER])
             self._waiting.append((_Row(self._number, hash(text), border), text.split()))
             if len(self._waiting) == AT_ONCE:
                 self._compare()
@@ -89,8 +90,13 @@ class NearDuplicates:
                     self.first.append((row.number, like))
 
     def _is_like(self, row: _Row, minima: Any, other: _Row) -> bool:
-        shared, every = row.border & other.border, row.border | other.border
-        return len(shared) >= BORDER_ALIKE * len(every) and minima.jaccard(other.minima) >= ALIKE
+        own, others = set(row.border), set(other.border)
+        return len(own & others) >= BORDER_ALIKE * len(own | others) and minima.jaccard(other.minima) >= ALIKE
+
+
+def _hashes(words: Sequence[str]) -> array[int]:
+    """4 bytes of each word: a set of them would take ten times as much."""
+    return array("I", (hash(word) & 0xFFFFFFFF for word in words))
 
 
 def _runs(words: Sequence[str]) -> list[str]:
