@@ -28,7 +28,7 @@ MOST_ROWS = 300_000  # about 3 kB of memory each, most of it the index
 
 
 class _Row:
-    """A conversation: its number, the hash of its text, those of the words around the beginning of its answer, its minima."""
+    """A conversation: its number, the hash of its text, those of the words where its answer begins, its minima."""
 
     __slots__ = ("border", "minima", "number", "text")
 
