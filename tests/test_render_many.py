@@ -19,6 +19,7 @@ from myna.data.render import IGNORE, ChatTokenizer, render_example
 from myna.data.render_many import render_many
 from myna.data.sandbox import BoundedEnvironment
 
+NAMESPACE = "{%% set ns = namespace(c='') %%}{%% set ns.c = messages[0].content %%}{%% if %s %%}x{%% endif %%}"
 LOOKS_INSIDE = (
     "{% for m in messages %}{{ m.content|upper }}{% endfor %}",
     "{% for m in messages %}{% if 'x' in m.content %}{% endif %}{% endfor %}",
@@ -38,6 +39,14 @@ LOOKS_INSIDE = (
     "{% for m in messages %}{{ m.content|trim('x') }}{% endfor %}",
     "{% set all = [messages[0].content] %}{{ all[0]|length }}",
     "{% macro f(m) %}{{ m.content }}{% endmacro %}{% for m in messages %}{{ f(m) }}{% endfor %}",
+    NAMESPACE % "ns['c'] == 'a'",
+    NAMESPACE % "ns|attr('c') == 'a'",
+    NAMESPACE % "([ns]|map(attribute='c')|first) == 'a'",
+    NAMESPACE % "(ns|string) == 'a'",
+    "{% set ns = namespace(c='') %}{% set also = ns %}{% set ns.c = messages[0].content %}{{ also.c|length }}",
+    "{% set ns = namespace(c='') %}{% set also = ns %}{% set also.c = messages[0].content %}{{ ns.c|length }}",
+    "{% set ns = namespace(c=namespace(c='')) %}{% set ns.c = messages[0].content %}{{ ns.c|length }}",
+    "{% set make = namespace %}{% set ns = make(c='') %}{% set ns.c = messages[0].content %}{{ ns['c']|length }}",
     "{{ messages }}",
     "{{ messages|map(attribute='content')|join }}",
 )
@@ -48,6 +57,8 @@ HANDS_THROUGH = (
     "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% endif %}{% endfor %}",
     "{% if messages[0]['role'] == 'system' %}{% set s = messages[0]['content'] %}{% set rest = messages[1:] %}"
     "{% else %}{% set s = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}{{ s + m.content }}{% endfor %}",
+    "{% set ns = namespace(c='', n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% set ns.c = m.content %}"
+    "{% if ns.n == 1 %}{{ ns.c }}{% endif %}{% endfor %}",
     "{% for m in messages %}{{ messages[loop.index0].content }}{{ messages[loop.index0 - 1].role }}{% endfor %}",
     "{% for m in messages %}{{ m.role|upper if loop.first else m.role }}{{ messages|length }}{% endfor %}",
 )

@@ -8,6 +8,7 @@ else that a template does with them (comparing, splitting, searching, filters, m
     PLAIN    depends on roles and settings alone
     CONTENT  holds the content of a message, or something plain
     STRUCT   a message, or messages
+    SPACE    a namespace: its attributes have kinds of their own, so it is known by one name, and read by attributes alone
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class Kind(IntEnum):
     PLAIN = 0
     CONTENT = 1
     STRUCT = 2
+    SPACE = 3
 
 
 class _LooksInsideError(Exception):
@@ -86,8 +88,10 @@ class _Walk:
             self.body(node.body)
             self.body(node.else_)
         elif isinstance(node, nodes.Assign):
-            kind = self._kind(node.node)
+            kind = self._assigned(node.node)
             if isinstance(node.target, nodes.NSRef):
+                _require(kind != Kind.SPACE)
+                _require(self._kinds.get(node.target.name) == Kind.SPACE)
                 self._raise((node.target.name, node.target.attr), kind)
             else:
                 _require(isinstance(node.target, nodes.Name))
@@ -95,9 +99,17 @@ class _Walk:
         elif not isinstance(node, nodes.Break | nodes.Continue):
             raise _LooksInsideError
 
+    def _assigned(self, node: nodes.Node) -> Kind:
+        """The kind of what a name is given; the one place where a namespace may be made."""
+        if not (isinstance(node, nodes.Call) and _is_named(node.node, "namespace")):
+            return self._kind(node)
+        _require(not node.args and not node.dyn_args and not node.dyn_kwargs)
+        _require(all(self._kind(one.value) == Kind.PLAIN for one in node.kwargs))
+        return Kind.SPACE
+
     def _raise(self, name: Any, kind: Kind) -> None:
         before = self._kinds.get(name, Kind.PLAIN)
-        _require(Kind.STRUCT not in (before, kind) or before == kind or name not in self._kinds)
+        _require(max(before, kind) < Kind.STRUCT or before == kind or name not in self._kinds)
         self._kinds[name] = max(before, kind)
 
     def _kind(self, node: nodes.Node) -> Kind:
@@ -105,8 +117,9 @@ class _Walk:
         if isinstance(node, nodes.Const | nodes.TemplateData):
             return Kind.PLAIN
         if isinstance(node, nodes.Name):
-            _require(node.name not in ("self", "loop"))
-            return self._kinds.get(node.name, Kind.PLAIN)
+            kind = self._kinds.get(node.name, Kind.PLAIN)
+            _require(node.name not in ("self", "loop", "namespace") and kind != Kind.SPACE)
+            return kind
         if isinstance(node, nodes.Getattr | nodes.Getitem):
             return self._part(node)
         if isinstance(node, nodes.Add):
@@ -133,11 +146,10 @@ class _Walk:
         return Kind.PLAIN
 
     def _part(self, node: nodes.Getattr | nodes.Getitem) -> Kind:
-        if isinstance(node, nodes.Getattr) and isinstance(node.node, nodes.Name):
-            kept = self._kinds.get((node.node.name, node.attr))
-            if kept is not None:
-                return kept
-        if isinstance(node.node, nodes.Name) and node.node.name == "loop":
+        name = node.node.name if isinstance(node.node, nodes.Name) else None
+        if isinstance(node, nodes.Getattr) and self._kinds.get(name) == Kind.SPACE:
+            return self._kinds.get((name, node.attr), Kind.PLAIN)
+        if name == "loop":
             _require(isinstance(node, nodes.Getattr) and node.attr in OF_A_LOOP)
             return Kind.PLAIN
         kind = self._kind(node.node)
@@ -160,9 +172,7 @@ class _Walk:
         return Kind.STRUCT
 
     def _is_index(self, key: Any) -> bool:
-        is_loop = (
-            isinstance(key, nodes.Getattr) and isinstance(key.node, nodes.Name) and key.node.name == "loop"
-        )
+        is_loop = isinstance(key, nodes.Getattr) and _is_named(key.node, "loop")
         return is_loop and key.attr.startswith(("index", "revindex"))
 
     def _joined(self, parts: list[Any]) -> Kind:
@@ -202,14 +212,13 @@ class _Walk:
         if isinstance(callee, nodes.Getattr) and self._kind(callee.node) == Kind.CONTENT:
             _require(callee.attr in STRIPS and not arguments)
             return Kind.CONTENT
-        if isinstance(callee, nodes.Name) and callee.name == "namespace":
-            for one in node.kwargs:
-                _require(self._kind(one.value) == Kind.PLAIN)
-            _require(not node.args)
-            return Kind.PLAIN
         _require(self._kind(callee) == Kind.PLAIN)
         _require(all(self._kind(one) == Kind.PLAIN for one in arguments))
         return Kind.PLAIN
+
+
+def _is_named(node: nodes.Node, name: str) -> bool:
+    return isinstance(node, nodes.Name) and node.name == name
 
 
 def _require(held: bool) -> None:
