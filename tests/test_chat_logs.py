@@ -129,6 +129,12 @@ def test_messages_stand_in_the_order_of_their_times(tmp_path: Path) -> None:
     assert turns(load_conversations(write(tmp_path / "b.jsonl", *unclear))) == [["u: 1st", "a: 2nd"]]
 
 
+@pytest.mark.parametrize("time", ["nan", "-inf", "1e999", float("nan")])
+def test_a_time_that_is_no_number_is_none(time: object, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", said("user", "q", time=time), said("bot", "a", time=time))
+    assert turns(load_conversations(path)) == [["u: q", "a: a"]]
+
+
 def test_a_message_that_cannot_be_used_is_a_fault_of_its_own(tmp_path: Path) -> None:
     rows = [said("user", "q"), said("user", None), said("tool", "x"), said("bot", "a")]
     path = write(tmp_path / "a.jsonl", *rows)

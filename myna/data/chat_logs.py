@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -114,12 +116,10 @@ def _moment(value: Any) -> float | None:
     if isinstance(value, datetime):
         return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
     text = str(value).strip()
-    try:
+    with contextlib.suppress(ValueError):
         seconds = float(text)
-    except ValueError:
-        pass
-    else:
-        return seconds / 1000 if seconds > MILLISECONDS else seconds
+        seconds = seconds / 1000 if seconds > MILLISECONDS else seconds
+        return seconds if math.isfinite(seconds) else None
     if not DAY.match(text):
         return None
     try:
