@@ -19,6 +19,7 @@ from myna.data.repeats import written
 from myna.data.rows import ReadRows, as_row, read_conversations
 from myna.data.split import _prompt_digest, drop_overlap
 from myna.data.spool import Spool
+from myna.data.tool_texts import calls_in_text, results_apart
 from myna.errors import DataError
 
 
@@ -374,6 +375,25 @@ ANY: Any = st.recursive(
 )
 ARGUMENTS_AS: Any = st.sampled_from(["{}", '{"a": [1.0]}', {"b": None}, "x"])
 CALLS: Any = st.builds(lambda id, arguments: call(id, "f", arguments), SCALARS, ARGUMENTS_AS)
+
+
+@pytest.mark.parametrize("tail", ["", " ", "x", "<tool_call>", "</tool_response>"])
+@pytest.mark.parametrize("unit", ["<tool_call>", "<tool_call> ", " ", "<tool_response>"])
+def test_tags_without_an_end_take_no_longer_than_their_length(unit: str, tail: str) -> None:
+    text = "<tool_call>" + unit * 20_000 + tail
+    with pytest.raises(DataError, match="<tool_call>") as caught:
+        calls_in_text(text, "message 2", Place("a.jsonl", 1))
+    assert caught.value.code == "D019"
+    messages = (Message("assistant", "", calls=(ToolCall("f"),)), Message("tool", text))
+    assert len(list(results_apart(messages))) == 2
+
+
+def test_a_tag_within_a_call_belongs_to_it() -> None:
+    told = '{"name": "say", "arguments": {"text": "<tool_call>"}}'
+    said, calls = calls_in_text(f"so\n<tool_call> {told} </tool_call>\n", "message 2", Place("a.jsonl", 1))
+    assert (said, calls) == ("so", (ToolCall("say", '{"text": "<tool_call>"}'),))
+
+
 TAGGED = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
 VALUES_OF = st.sampled_from(["a", '[{"name": "f", "arguments": {}}]', TAGGED, "[1, 2]"])
 TURNS: Any = st.fixed_dictionaries(

@@ -17,8 +17,9 @@ from myna.data.check import fault
 from myna.data.conversation import Message, Place, ToolCall
 from myna.data.tools import calls_of, from_text
 
-CALL = re.compile(r"\s*<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
-RESULT = re.compile(r"<tool_response>\n?(.*?)\n?</tool_response>", re.DOTALL)
+CALL = ("<tool_call>", "</tool_call>")
+RESULT = ("<tool_response>", "</tool_response>")
+SPACE = re.compile(r"\s*")
 MOST_LITERAL = 100_000  # characters that are read as Python's
 
 
@@ -33,16 +34,22 @@ def calls_in_text(text: str, name: str, place: Place) -> tuple[str, tuple[ToolCa
 
     DataError where a tag is not closed, or there is text behind the first one.
     """
-    if "<tool_call>" not in text:
+    opened, closed = CALL
+    said, is_calling, _ = text.partition(opened)
+    if not is_calling:
         return text, ()
-    said, _, _ = text.partition("<tool_call>")
-    rest = text[len(said) :]
-    if CALL.sub("", rest).strip():
+    found, at = [], len(said)
+    # by hand: a regular expression would look from every tag to the end of the text
+    while text.startswith(opened, at) and (end := text.find(closed, at)) >= 0:
+        found.append(text[at + len(opened) : end].strip())
+        behind = SPACE.match(text, end + len(closed))
+        at = behind.end() if behind else end + len(closed)
+    if at < len(text):
         message = f"{name}: text stands behind a <tool_call>, or one is not closed"
         raise fault(
             "D019", message, where=place, help="the calls come last in a turn: <tool_call>{...}</tool_call>"
         )
-    calls = [_json_of(call) for call in CALL.findall(rest)]
+    calls = [_json_of(call) for call in found]
     return said.rstrip(), calls_of(calls, f"{name}: <tool_call>", place)
 
 
@@ -70,11 +77,18 @@ def results_apart(messages: Sequence[Message]) -> Iterator[Message]:
         alone = messages[number - 1].role != "tool" and [
             m.role for m in messages[number + 1 : number + 2]
         ] != ["tool"]
-        tagged = RESULT.findall(message.content)
-        results = tagged or [message.content]
+        results = list(_tagged_results(message.content)) or [message.content]
         if alone and len(calls) > 1 and len(results) == 1:
             results = _listed(message.content, len(calls)) or results
         yield from (Message("tool", result, name=message.name) for result in results)
+
+
+def _tagged_results(text: str) -> Iterator[str]:
+    opened, closed = RESULT
+    start = text.find(opened)
+    while start >= 0 and (end := text.find(closed, start)) >= 0:
+        yield text[start + len(opened) : end].removeprefix("\n").removesuffix("\n")
+        start = text.find(opened, end)
 
 
 def _listed(text: str, number: int) -> list[str]:
