@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import json
@@ -91,6 +92,15 @@ def test_every_kind_is_read(name: str, myna: Command, piped: Piped) -> None:
     assert done.returncode == 0, done.stderr
     first = json.loads(Path("out.jsonl").read_text().splitlines()[0])
     assert [turn["content"] for turn in first["messages"]] == ["q", "a"]
+
+
+def test_a_first_line_that_is_longer_than_cells_are_is_read(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_bytes(b"word " * 40_000 + b"\n")
+    before = csv.field_size_limit(1 << 17)
+    try:
+        assert kind_of_file(tmp_path / "kept") == ".txt"
+    finally:
+        csv.field_size_limit(before)
 
 
 def test_places_are_of_standard_input(myna: Command, piped: Piped) -> None:

@@ -76,7 +76,6 @@ def _header_fault(header: Sequence[str], place: Place) -> DataError | None:
 
 def _records(file: TextIO, path: Path, separator: str) -> Iterator[tuple[Place, list[str]] | DataError]:
     """Each record with the line where it starts; a broken quote ends the reading, a bad byte does not."""
-    csv.field_size_limit(LONGEST_CELL)  # a limit of the whole process; its default cuts at 128 KiB
     head = file.readline()
     separator = separator_of(head, separator)
     bad: list[DataError] = []
@@ -103,6 +102,7 @@ def _records(file: TextIO, path: Path, separator: str) -> Iterator[tuple[Place, 
 
 def separator_of(head: str, usual: str) -> str:
     """What parts cells: `usual` where it parts the header at all, else what parts it into most."""
+    csv.field_size_limit(LONGEST_CELL)  # a limit of the whole process; its default cuts at 128 KiB
     counts = {one: len(next(csv.reader([head], delimiter=one), [])) for one in SEPARATORS}
     return usual if counts[usual] > 1 else max((usual, *SEPARATORS), key=counts.__getitem__)
 
