@@ -16,7 +16,16 @@ from hub_server import Hub, running_hub
 from myna.data.rows import load_conversations
 from myna.errors import DataError, MachineError, MynaError, UsageError
 from myna.model.hub_rows import Located, locate_rows, rows_on_disk
-from myna.model.hub_splits import HubSpec, configs_by_name, fits, parse_rows, told_splits
+from myna.model.hub_splits import (
+    HubSpec,
+    configs_by_name,
+    fits,
+    is_read,
+    parse_rows,
+    split_of,
+    told_configs,
+    told_splits,
+)
 
 
 def lines(*prompts: str) -> bytes:
@@ -113,6 +122,22 @@ def test_patterns_and_shapes_of_data_files() -> None:
     assert told_splits("*/*.csv", "", names) == {"train": names}
     assert told_splits({"train": "x.csv"}, "a/", names) == {"train": ["a/x.csv"]}
     assert told_splits([{"split": "dev", "path": ["b/*"]}], "", names) == {"validation": ["b/y.csv"]}
+
+
+def test_a_file_that_two_patterns_fit_is_taken_once() -> None:
+    page = "---\nconfigs:\n- data_files:\n  - {split: train, path: a*}\n  - {split: train, path: '*'}\n---\n"
+    configs = told_configs(page, ["ab.csv", "b.csv"])
+    assert split_of("hf:o/n", parse_rows("hf:o/n"), configs) == ["ab.csv", "b.csv"]
+
+
+@pytest.mark.parametrize("head", ["date: 2024-13-45", "a: " + "[" * 5000, "a: !!int x", "- b\n a: c"])
+def test_a_page_whose_head_is_broken_tells_nothing(head: str) -> None:
+    assert told_configs(f"---\n{head}\n---\n", ["ab.csv"]) == {}
+
+
+@pytest.mark.parametrize("name", ["../a.csv", "/etc/a.csv", "a//b.csv", ".git/a.csv"])
+def test_names_that_lead_elsewhere_are_no_rows(name: str) -> None:
+    assert not is_read(name)
 
 
 def test_a_branch_is_pinned_and_then_works_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

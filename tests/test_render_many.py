@@ -19,7 +19,9 @@ from myna.data.render import IGNORE, ChatTokenizer, render_example
 from myna.data.render_many import render_many
 from myna.data.sandbox import BoundedEnvironment
 
-NAMESPACE = "{%% set ns = namespace(c='') %%}{%% set ns.c = messages[0].content %%}{%% if %s %%}x{%% endif %%}"
+NAMESPACE = (
+    "{%% set ns = namespace(c='') %%}{%% set ns.c = messages[0].content %%}{%% if %s %%}x{%% endif %%}"
+)
 LOOKS_INSIDE = (
     "{% for m in messages %}{{ m.content|upper }}{% endfor %}",
     "{% for m in messages %}{% if 'x' in m.content %}{% endif %}{% endfor %}",

@@ -48,7 +48,7 @@ def parse_rows(spec: str) -> HubSpec:
 
 
 def is_read(name: str) -> bool:
-    hidden = any(part.startswith((".", "_")) for part in name.split("/"))
+    hidden = any(part.startswith((".", "_")) or not part for part in name.split("/"))
     suffix = row_suffix(Path(name))
     return (
         not hidden and suffix in SOURCES and suffix not in TEXTS and Path(name).name != "dataset_infos.json"
@@ -69,7 +69,7 @@ def split_of(spec: str, wanted: HubSpec, configs: Mapping[str, Splits]) -> list[
         message = f"has no split `{wanted.split}`; there are: {named(splits)}"
         cure = f"hf:{wanted.repository}{'/' + wanted.config if wanted.config else ''}:{next(iter(splits), 'train')}"
         raise fault("D007", message, where=spec, help=cure)
-    return sorted(splits[wanted.split])
+    return sorted(set(splits[wanted.split]))  # several patterns may fit a file
 
 
 def told_configs(page: str, names: Sequence[str]) -> dict[str, Splits]:
@@ -80,7 +80,7 @@ def told_configs(page: str, names: Sequence[str]) -> dict[str, Splits]:
     head = re.match(r"\s*---\s*\n(.*?)\n---", page, re.DOTALL)
     try:
         told = YAML(typ="safe").load(head[1]) if head else None
-    except YAMLError:
+    except (YAMLError, ValueError, RecursionError):  # of a date or number that is none, of lists in lists
         return {}
     configs = told.get("configs") if isinstance(told, dict) else None
     found: dict[str, Splits] = {}
