@@ -80,3 +80,19 @@ def test_without_the_library_that_is_said(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "rensa", None)
     review = review_rows(write(tmp_path / "a.jsonl", texts(3, 20)))
     assert "near duplicates: pip install rensa" in review.not_checked and not review.findings
+
+
+def test_rows_with_most_words_in_common_are_compared_with_some_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (shared,) = texts(1, 150, seed=3)
+    own = texts(30, 12, seed=4)
+    rows = [[f"ticket{n}", *shared, *words] for n, words in enumerate(own)]
+    rows.append(["again", *rows[2][1:]])
+    path = write(tmp_path / "a.jsonl", rows)
+    assert review_rows(path).not_checked == ()
+    monkeypatch.setattr(near, "MOST_RELATED", 5)
+    review = review_rows(path)
+    assert {f.code: f.count for f in review.findings} == {"D038": 1}
+    (sentence,) = review.not_checked
+    assert sentence.startswith("near duplicates of 2")

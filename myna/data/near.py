@@ -5,6 +5,9 @@ two texts have in common, with 128 of them to 0.03 (standard error at 0.85). Can
 each, which leave out 1 % of those with 85 % in common. Words that all rows begin with, an instruction above each question,
 are not compared: they would make rows alike that are not. For the same reason the end of the prompt and the beginning of the
 answer have to be alike too: many questions may be asked of one text.
+
+Where a hundred rows have most of their words in common and are not alike for all that (a long instruction under a number
+of its own), further ones are compared with these alone: comparing each with each would take the square of their number.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ FEWEST_WORDS = 8  # of shorter rows three words of each are too many to tell by
 BORDER = 12  # words on either side of where the answer begins
 BORDER_ALIKE = 0.6  # the part of these words, whatever their order
 AT_ONCE = 1000
+MOST_RELATED = 100  # rows with most words in common that later ones are compared with
 MOST_ROWS = 300_000  # about 3 kB of memory each, most of it the index
 
 
@@ -49,6 +53,7 @@ class NearDuplicates:
         self._num_common: int | None = None
         self._number = 0
         self.count = 0
+        self.num_crowded = 0  # rows that later ones were not compared with
         self.first: list[tuple[int, int]] = []  # the first ones, each with the one that it is like
 
     @property
@@ -78,9 +83,12 @@ class NearDuplicates:
         self._waiting.clear()
         minima = self._minhash.from_token_sets([_runs(words) for _, words in rows], NUM_MINIMA, SEED)
         for (row, _), found in zip(rows, minima, strict=True):
-            alike = (key for key in self._index.query(found) if self._is_like(row, found, self._kept[key]))
+            related = self._index.query(found)
+            alike = (key for key in related if self._is_like(row, found, self._kept[key]))
             like = min(alike, default=None)
-            if like is None:
+            if like is None and len(related) >= MOST_RELATED:
+                self.num_crowded += 1
+            elif like is None:
                 self._index.insert(row.number, found)
                 row.minima = found
                 self._kept[row.number] = row

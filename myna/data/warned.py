@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from myna.data.conversation import Conversation, Place
 from myna.data.findings import Findings
-from myna.data.near import MOST_ROWS, NearDuplicates
+from myna.data.near import MOST_RELATED, MOST_ROWS, NearDuplicates
 from myna.data.repeats import Alike, Digests
 
 MOST_LABELS = 50  # more different answers than that are no labels
@@ -114,6 +114,11 @@ class Warnings:
         self._near.finish()
         if not self._near.is_whole:
             self.not_checked.append(f"near duplicates past the first {MOST_ROWS:,} conversations")
+        if self._near.num_crowded:
+            self.not_checked.append(
+                f"near duplicates of {self._near.num_crowded:,} conversations: each has most words in common "
+                f"with {MOST_RELATED} others, which alone later ones were compared with"
+            )
         return self._near.count, self._near.first
 
     def _say_lopsided(self) -> None:
