@@ -13,14 +13,15 @@ from rich.text import Text
 
 from myna.data.check import shown
 from myna.data.conversation import Conversation, Place
-from myna.data.render import IGNORE, ChatTokenizer, Example, load_chat_tokenizer, render_example
+from myna.data.render import IGNORE, ChatTokenizer, Example, load_chat_tokenizer, render_examples
 from myna.data.rows import load_rows, read_conversations, reading_of
 from myna.data.sides import row_files
 from myna.errors import DataError, UsageError
 from myna.model.hub_rows import locate_data
-from myna.model.sources import resolve_base
+from myna.model.sources import context_of, resolve_base
 from myna.recipe import DEFAULT_MAX_LENGTH, DataSettings, Recipe
 
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but tabs and line breaks
 TRAINED, MASKED = "bold green", "dim"
 PLACED = re.compile(r"(?P<path>.+?):(?: row)? ?(?P<line>[0-9]+)(?:, (?P<part>.*))?")
 
@@ -60,7 +61,8 @@ class ShownRow:
         """Coloured for a terminal; without colours the trained pieces stand in «»."""
         text = Text()
         for piece, trained in self.pieces:
-            text.append(f"«{piece}»" if trained else piece, style=TRAINED if trained else MASKED)
+            words = CONTROLS.sub(lambda found: ascii(found[0])[1:-1], piece)  # a terminal would obey them
+            text.append(f"«{words}»" if trained else words, style=TRAINED if trained else MASKED)
         return text
 
     def as_tokens(self) -> Text:
@@ -88,7 +90,8 @@ class ShownRow:
 def preview_rows(
     recipe: Recipe, num_rows: int, say: Callable[[str], None], chosen: Sequence[str] = ()
 ) -> list[ShownRow]:
-    """The first rows of data.train, or those that `chosen` names, rendered by the one function that training renders with.
+    """The first rows of data.train, or those that `chosen` names, rendered by the one function that training renders with;
+    of a long text every piece.
 
     A row is named by its number in data.train (from 1, faulty ones not counted), or by its place in any file of the
     recipe, as errors tell it: `orders.jsonl:17`, `orders.json: row 17`; of a place with several conversations the first
@@ -100,9 +103,10 @@ def preview_rows(
         if chosen
         else _first(data, num_rows, say)
     )
-    tokenizer = load_chat_tokenizer(resolve_base(recipe.model.base, say).folder)
-    max_length = data.max_length or DEFAULT_MAX_LENGTH
-    return [shown_row(render_example(one, tokenizer, max_length), tokenizer) for one in found]
+    folder = resolve_base(recipe.model.base, say).folder
+    tokenizer = load_chat_tokenizer(folder)
+    max_length = data.max_length or min(context_of(folder) or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
+    return [shown_row(row, tokenizer) for one in found for row in render_examples(one, tokenizer, max_length)]
 
 
 def _first(data: DataSettings, num_rows: int, say: Callable[[str], None]) -> list[Conversation]:

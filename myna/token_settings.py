@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from myna.data.token_checks import TokenSettings
 from myna.errors import MynaError
-from myna.model.sources import base_on_disk
+from myna.model.sources import base_on_disk, context_of
 from myna.recipe import DEFAULT_MAX_LENGTH, DataSettings, Recipe
-from myna.run import read_json
 
 
 def token_settings(recipe: Recipe, data: DataSettings) -> TokenSettings | str:
@@ -19,17 +16,8 @@ def token_settings(recipe: Recipe, data: DataSettings) -> TokenSettings | str:
         folder = found.folder if found else None
         if folder is None or not (folder / "tokenizer.json").is_file():
             return f"tokens: the tokenizer of {base} is not on this disk yet (`myna data show` fetches it)"
-        context = _context(folder)
+        context = context_of(folder)
     except MynaError as error:
         return f"tokens: {base}: {error.message}"
     longest = data.max_length or min(context or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
     return TokenSettings(base, folder, longest, data)
-
-
-def _context(folder: Path) -> int | None:
-    """The tokens that the base reads at once, as its config.json says."""
-    path = folder / "config.json"
-    config = read_json(path) if path.is_file() else {}
-    text = config.get("text_config")
-    found = (text if isinstance(text, dict) else config).get("max_position_embeddings")
-    return found if isinstance(found, int) else None

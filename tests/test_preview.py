@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -198,3 +199,19 @@ def test_a_page_is_written_once(folder: Path, myna: Command) -> None:
     assert again.returncode == 2 and "--yes" in again.stderr
     told = json.loads(myna("data", "show", "recipe.yaml", "--html", "rows.html", "--yes", "--json").stdout)
     assert told["html"] == "rows.html" and len(told["rows"]) == 3
+
+
+def test_a_terminal_obeys_nothing_that_a_row_says(tiny_base: Path) -> None:
+    said = shown_of(tiny_base, "a\tb\n\x1b]0;title\x07\x9b31m\r").as_text().plain
+    assert "«a\tb\n\\x1b]0;title\\x07\\x9b31m\\r<|im_end|>»" in said
+
+
+def test_rows_are_cut_and_parted_as_training_does(folder: Path) -> None:
+    tree = json.loads((folder / "recipe.yaml").read_text())
+    (folder / "orders.jsonl").write_text(json.dumps({"prompt": "q", "completion": "word " * 1000}) + "\n")
+    (row,) = preview_rows(build_recipe(tree), 1, lambda _: None)
+    assert row.num_tokens == 256 and row.num_cut, "the base reads no more at once"
+    (folder / "orders.jsonl").write_text(json.dumps({"text": "word " * 1000}) + "\n")
+    rows = preview_rows(build_recipe(tree), 1, lambda _: None)
+    assert len(rows) > 3 and not any(one.num_cut for one in rows)
+    assert all(a.input_ids[-1] == b.input_ids[0] for a, b in itertools.pairwise(rows))

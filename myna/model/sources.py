@@ -21,7 +21,7 @@ from myna.errors import MachineError, ModelError
 from myna.model.folders import check_model_folder
 from myna.model.headers import check_gguf_file
 from myna.model.hub import PREFIX, HubFiles, cached_repository, fetch_repository, parse_hub
-from myna.run import file_sha256, folder_files, new_directory, require_room, sync_dir, sync_file
+from myna.run import file_sha256, folder_files, new_directory, read_json, require_room, sync_dir, sync_file
 
 Say = Callable[[str], None]
 
@@ -308,3 +308,12 @@ def _from_hub(base: str, say: Say, offline: bool) -> BaseFiles:
 
 def _of_repository(name: str, found: HubFiles) -> BaseFiles:
     return replace(model_folder(found.folder), name=name, commit=found.commit)
+
+
+def context_of(folder: Path) -> int | None:
+    """The tokens that the base reads at once, as its config.json says; None where it does not."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    text = config.get("text_config")
+    found = (text if isinstance(text, dict) else config).get("max_position_embeddings")
+    return found if isinstance(found, int) else None
