@@ -14,7 +14,7 @@ from myna.data.conversation import Conversation, Message, Place
 from myna.data.render import ChatTokenizer, load_chat_tokenizer, render_examples
 from myna.data.render_many import render_many
 from myna.data.token_cache import RenderedCounts, make_room, render_into_tokens
-from myna.data.token_rows import DONE, TokenRows
+from myna.data.token_rows import DONE, TokenRows, TokenWriter
 
 LONG = 120  # tokens
 
@@ -177,3 +177,28 @@ def test_the_cache_has_bounds(
     monkeypatch.setattr(token_cache, "MOST_KEPT", 0)
     make_room(tmp_path, keep=newest)
     assert [path.name for path in tmp_path.iterdir()] == [newest] and (tmp_path / newest / DONE).is_file()
+
+
+def test_a_text_of_no_tokens_moves_no_other_row(
+    tmp_path: Path, tiny_base: Path, cached: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenizers import normalizers
+
+    tokenizer = load_chat_tokenizer(tiny_base)
+    tokenizer.tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    said = ("\u200b", "one", "two", "three")
+    rows = [Conversation((Message("assistant", one),), Place("a.txt", n)) for n, one in enumerate(said)]
+    commit, left = TokenWriter.commit, [2]
+
+    def interrupted(writer: TokenWriter, facts: dict[str, Any]) -> None:
+        commit(writer, facts)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(TokenWriter, "commit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        render_into_tokens([rows], tokenizer, LONG, tmp_path)
+    found, (count,) = render_into_tokens([rows], tokenizer, LONG, tmp_path)
+    assert [one.place for one in found] == [one.place for one in rows[1:]]
+    assert (count.num_rows, count.num_kept, count.num_masked) == (4, 3, 1)

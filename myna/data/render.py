@@ -256,7 +256,7 @@ def render_examples(
         yield render_example(conversation, tokenizer, max_length)
         return
     ids_T, labels_T = text_ids(conversation, tokenizer)
-    for start in range(0, len(ids_T) - 1, max_length - 1):
+    for start in range(0, max(1, len(ids_T) - 1), max_length - 1):  # one piece of a text without tokens
         span = slice(start, start + max_length)
         yield Example(ids_T[span], labels_T[span], 0, conversation.place)
 
