@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -250,3 +252,16 @@ def test_commands_take_the_name(hub: Hub, myna: Command, tiny_base: Path) -> Non
     told = json.loads(myna("verify", "runs/orders", "--json").stdout)["findings"]
     (rows_told,) = [one for one in told if one["name"].startswith("data.train")]
     assert rows_told["verdict"] == "pass"
+
+
+def test_patterns_name_some_characters_and_take_no_time() -> None:
+    assert fits("data/train-07.csv", "data/train-[0-9]*.csv") and not fits(
+        "data/train-x.csv", "*/train-[0-9]*"
+    )
+    assert not fits("a" * 250 + "b", "*a" * 60) and not fits("a/" * 100 + "b", "**/" * 60 + "a")
+    old = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    for pattern in map("".join, itertools.product(("**/", "**", "*", "?", "a", "/"), repeat=3)):
+        parts = re.split(r"(\*\*/?|\*|\?)", pattern)
+        known = re.compile("".join(old.get(one, one) for one in parts))
+        for name in map("".join, itertools.product("ab/", repeat=4)):
+            assert fits(name, pattern) == (known.fullmatch(name) is not None), (name, pattern)
