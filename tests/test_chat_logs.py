@@ -297,3 +297,22 @@ def test_claude_gives_its_messages(tmp_path: Path) -> None:
     ):
         bad = {"chat_messages": [wrong, message("assistant", "a")]}
         assert refusal(write(tmp_path / "a.jsonl", bad)).code == code
+
+
+def test_a_day_of_eight_digits_is_that_day(tmp_path: Path) -> None:
+    days = ("20240501", "20240502", 20240502)
+    rows = [row for day in days for row in (said("Anna", f"q {day}", date=day), said("Bot", "a", date=day))]
+    loaded = load_conversations(write(tmp_path / "log.jsonl", *rows))
+    assert [len(talk) for talk in turns(loaded)] == [2, 4]
+
+
+def test_a_talk_is_of_the_group_that_all_its_messages_name(tmp_path: Path) -> None:
+    rows = [
+        said(speaker, "x", chat_id=n, customer=f"c{n % 2}") for n in range(4) for speaker in ("Anna", "Bot")
+    ]
+    path = write(tmp_path / "log.jsonl", *rows)
+    loaded = load_conversations(path, reading=Reading(group_by="customer"))
+    assert [c.group for c in loaded.conversations] == ["c0", "c1", "c0", "c1"]
+    mixed = [said("Anna", "x", chat_id=1, customer="a"), said("Bot", "y", chat_id=1, customer="b")]
+    error = refusal(write(tmp_path / "mixed.jsonl", *mixed), reading=Reading(group_by="customer"))
+    assert error.code == "D012" and "`customer`" in error.message

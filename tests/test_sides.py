@@ -217,3 +217,19 @@ def test_a_run_from_before_keeps_the_sides_that_it_had(recipe: Recipe, tmp_path:
     del info["sides"], info["validation_rows"]
     (run.path / "run.json").write_text(json.dumps(info))
     assert len(prepare(recipe, run, print).examples) == 30
+
+
+def test_questions_that_were_asked_earlier_in_a_longer_conversation_are_counted_and_said(
+    tmp_path: Path,
+) -> None:
+    turns = [("user", "q"), ("assistant", "a"), ("user", "more"), ("assistant", "b")]
+    longer = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    other = {"messages": longer["messages"][2:]}
+    test = tmp_path / "test.jsonl"
+    test.write_text(json.dumps({"prompt": "q", "completion": "a"}) + "\n")
+    said: list[str] = []
+    sides(tmp_path, [longer, other], said, test=str(test))
+    assert said[-1].startswith("1 training rows have a held-out prompt before an earlier answer")
+    said.clear()
+    sides(tmp_path, [longer, other], said, test=str(test), train_on="last")
+    assert not any("earlier answer" in sentence for sentence in said)

@@ -35,6 +35,7 @@ NO_CHAT = frozenset(
 )
 LATER_SENDERS = ("tool", "function")
 DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
+BARE_DAY = re.compile(r"(?:19|20)\d{6}")  # 20240501; as seconds it would be a day of 1970
 MILLISECONDS = 1e11  # a number of seconds above it would be the year 5138
 
 
@@ -56,6 +57,7 @@ def is_log(row: Row, keys: Keys) -> bool:
 def gather_log(rows: Sequence[Row], keys: Keys) -> Iterator[Row | DataError]:
     """One row a conversation: of one id; without ids of one day, without times of one file. Messages in order of time."""
     talks: dict[tuple[str, str], list[_Said]] = {}
+    shared: dict[tuple[str, str], dict[str, Any]] = {}  # what stands under a key in every message of a talk
     for row in rows:
         try:
             said = _Said(
@@ -64,16 +66,21 @@ def gather_log(rows: Sequence[Row], keys: Keys) -> Iterator[Row | DataError]:
         except DataError as error:
             yield error
             continue
-        talks.setdefault(_talk_of(row, keys), []).append(said)
+        talk_id = _talk_of(row, keys)
+        talks.setdefault(talk_id, []).append(said)
+        known = shared.setdefault(talk_id, dict(row.values))
+        for key in [key for key, value in known.items() if row.values.get(key) != value]:
+            del known[key]
     speakers = tuple(dict.fromkeys(said.speaker for talk in talks.values() for said in talk))
-    for talk in talks.values():
+    for talk_id, talk in talks.items():
         ordered = (
             sorted(talk, key=lambda said: said.moment or 0.0)
             if all(s.moment is not None for s in talk)
             else talk
         )
         lines = tuple((said.speaker, said.text) for said in ordered)
-        yield Row({"lines": lines, "speakers": speakers, "sorted": ordered != talk}, ordered[0].place)
+        told = {"lines": lines, "speakers": speakers, "sorted": ordered != talk}
+        yield Row(shared[talk_id] | told, ordered[0].place)
 
 
 def talks_of_log(row: Row, keys: Keys, reading: Reading) -> Iterator[Talk]:
@@ -116,6 +123,9 @@ def _moment(value: Any) -> float | None:
     if isinstance(value, datetime):
         return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
     text = str(value).strip()
+    if BARE_DAY.fullmatch(text):
+        with contextlib.suppress(ValueError):
+            return datetime.strptime(text, "%Y%m%d").replace(tzinfo=UTC).timestamp()
     with contextlib.suppress(ValueError):
         seconds = float(text)
         seconds = seconds / 1000 if seconds > MILLISECONDS else seconds

@@ -46,11 +46,14 @@ class _Batch(NamedTuple):
 
 
 def render_many(
-    conversations: Iterable[Conversation], tokenizer: ChatTokenizer, max_length: int
+    conversations: Iterable[Conversation],
+    tokenizer: ChatTokenizer,
+    max_length: int,
+    frames: Frames | None = None,
 ) -> Iterator[Rendered]:
-    """`render_examples` of each conversation, in their order. Errors as there."""
+    """`render_examples` of each conversation, in their order. Errors as there. `frames` are those of calls before."""
     rows = iter(conversations)
-    frames = Frames(tokenizer)
+    frames = frames or Frames(tokenizer)
     with ThreadPoolExecutor(1) as thread:  # the tokenizer works on cores of its own, without Python's lock
         waiting: _Batch | None = None
         while batch := list(islice(rows, AT_ONCE)):

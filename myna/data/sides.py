@@ -14,7 +14,7 @@ from typing import Any
 
 from myna.data.conversation import Conversation
 from myna.data.rows import LoadedRows, load_rows
-from myna.data.split import drop_asked, drop_overlap, split_rows
+from myna.data.split import drop_asked, drop_overlap, num_asked_earlier, split_rows
 from myna.data.spool import chosen, with_system
 from myna.errors import DataError
 from myna.recipe import DataSettings, MixedRows, Recipe, is_path
@@ -107,7 +107,16 @@ def read_sides(recipe: Recipe, known: Mapping[str, Any] | None, say: Say) -> Sid
     of_all = {name: with_system(rows, data.system) for name, rows in sides.items()}
     held_out = (of_all["validation"], of_all["test"])
     mixed = [_mixed(one, loaded[f"mix.{n}"], held_out, say) for n, one in enumerate(data.mix, start=1)]
-    return Sides((Learnt(data.train, of_all["train"]), *mixed), of_all["validation"], of_all["test"], loaded)
+    learnt = (Learnt(data.train, of_all["train"]), *mixed)
+    num_earlier = num_asked_earlier(
+        chain.from_iterable(one.rows for one in learnt), chain.from_iterable(held_out)
+    )
+    if num_earlier:
+        say(
+            f"{num_earlier} training rows have a held-out prompt before an earlier answer: "
+            "these questions are not new to the model (data.train_on: last learns no earlier answers)"
+        )
+    return Sides(learnt, of_all["validation"], of_all["test"], loaded)
 
 
 def _mixed(

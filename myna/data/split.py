@@ -92,6 +92,19 @@ def drop_asked(
     return kept, len(rows) - len(kept)
 
 
+def num_asked_earlier(rows: Iterable[Conversation], held_out: Iterable[Conversation]) -> int:
+    """How many rows have a prompt of `held_out` before an earlier answer that is learnt: it is told, not taken apart."""
+    asked = {_key(_prompt_digest(one.asked_of(), 0)) for one in held_out if not one.is_text}
+    return sum(not asked.isdisjoint(_earlier_prompts(one)) for one in rows)
+
+
+def _earlier_prompts(conversation: Conversation) -> Iterator[int]:
+    """The keys of what stands before each learnt answer but the last one."""
+    for number, message in enumerate(conversation.messages[:-1]):
+        if message.role == "assistant" and message.trained:
+            yield _key(_prompt_digest(conversation.first(number), 0))
+
+
 def _without_system(conversation: Conversation) -> Conversation:
     messages = tuple(message for message in conversation.messages if message.role != "system")
     return replace(conversation, messages=messages)

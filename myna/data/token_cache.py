@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -155,7 +155,7 @@ def _with_ends(sources: Iterable[Iterable[Conversation]]) -> Iterator[Any]:
 @functools.cache
 def _code() -> str:
     """A digest of the code that renders, so that no tokens outlive a change of it."""
-    digest = hashlib.sha256(version("tokenizers").encode())
+    digest = hashlib.sha256(f"{version('tokenizers')} {version('jinja2')}".encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -164,13 +164,26 @@ def _code() -> str:
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[bool]:
     """Whether the folder is this process's alone, inside."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+b") as file:
+    with _lock_file(folder) as file:
         yield try_lock(file.fileno())
 
 
+def _lock_file(folder: Path) -> BinaryIO:
+    """The open lock of a folder, which another process may be taking away at this moment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return (folder / LOCK).open("a+b")
+    except FileNotFoundError:
+        folder.mkdir(parents=True, exist_ok=True)
+        return (folder / LOCK).open("a+b")
+
+
 def make_room(folder: Path, *, keep: str) -> None:
-    """Takes away what was used longest ago until the cache is within its bounds, but for `keep` and what is in use."""
+    """Takes away what was used longest ago until the cache is within its bounds, but for `keep` and what is being written.
+
+    What a training reads stays readable for it, where the system lets a file that is open be taken away (Windows does not:
+    there the files stay).
+    """
     entries = sorted((one for one in folder.iterdir() if one.is_dir()), key=_last_used, reverse=True)
     total = 0
     for entry in entries:

@@ -13,6 +13,7 @@ import numpy as np
 from myna.data.check import fault
 from myna.data.conversation import Conversation
 from myna.data.findings import Findings
+from myna.data.frames import Frames
 from myna.data.render import ChatTokenizer, load_chat_tokenizer
 from myna.data.render_many import AT_ONCE, Rendered, render_many
 from myna.errors import DataError, ModelError
@@ -71,6 +72,7 @@ class TokenChecks:
     def __init__(self, settings: TokenSettings, findings: Findings) -> None:
         self._settings, self._findings = settings, findings
         self._tokenizer: ChatTokenizer = load_chat_tokenizer(settings.tokenizer_dir)
+        self._frames = Frames(self._tokenizer)
         self._waiting: list[Conversation] = []
         self._lengths = array("I")
         self._longest = ""
@@ -108,7 +110,7 @@ class TokenChecks:
     def _count(self) -> None:
         batch, self._waiting = self._waiting, []
         try:
-            for row in list(render_many(batch, self._tokenizer, self._settings.max_length)):
+            for row in self._rendered(batch):
                 self._add(row)
         except (ModelError, DataError):
             for conversation in batch:
@@ -117,13 +119,16 @@ class TokenChecks:
     def _add_alone(self, conversation: Conversation) -> None:
         """One of a batch in which the template refuses a row."""
         try:
-            rows = list(render_many([conversation], self._tokenizer, self._settings.max_length))
+            rows = self._rendered([conversation])
         except (ModelError, DataError) as error:
             where = conversation.place or "rows"
             self._findings.refuse(fault("D042", error.message, where=where, help=error.help or OTHER_BASE))
         else:
             for row in rows:
                 self._add(row)
+
+    def _rendered(self, batch: list[Conversation]) -> list[Rendered]:
+        return list(render_many(batch, self._tokenizer, self._settings.max_length, self._frames))
 
     def _add(self, row: Rendered) -> None:
         length = len(row.input_ids_T) + row.num_cut

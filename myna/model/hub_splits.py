@@ -66,7 +66,11 @@ def split_of(spec: str, wanted: HubSpec, configs: Mapping[str, Splits]) -> list[
         what = f"has no config `{config}`" if config else "has several configs"
         cure = f"hf:{wanted.repository}/{next(iter(configs))}:{wanted.split}"
         raise fault("D007", f"{what}; there are: {named(configs)}", where=spec, help=cure)
-    splits = configs[config]
+    splits = {name: files for name, files in configs[config].items() if files}
+    if not splits:
+        what = f"its README.md names files for the config `{config}` that are not there"
+        cure = "download its files and give them as paths: myna data check FILE"
+        raise fault("D007", what, where=spec, help=cure)
     if wanted.split not in splits:
         message = f"has no split `{wanted.split}`; there are: {named(splits)}"
         cure = f"hf:{wanted.repository}{'/' + wanted.config if wanted.config else ''}:{next(iter(splits), 'train')}"
