@@ -8,9 +8,15 @@ from typing import Any
 
 import pytest
 
+from myna.data.render import IGNORE, load_chat_tokenizer, render_example
 from myna.data.rows import ReadRows, load_conversations, read_conversations
 from myna.data.shapes import Reading
+from myna.data.sides import read_sides
 from myna.errors import DataError
+from myna.metrics import read_lines
+from myna.model.sources import resolve_base
+from myna.pipeline import train_stage
+from myna.recipe import build_recipe
 
 # what each file of formats/ is found to be
 DRESSES: dict[str, str] = {
@@ -173,3 +179,39 @@ def test_texts_in_persian_come_through_as_they_stand(shared_data: Path) -> None:
     conversation = read_conversations(path).conversations[0]
     assert conversation.messages[0].content == f"{first['context']}\n\n{first['qas'][0]['question']}"
     assert conversation.answer() == first["qas"][0]["answers"][0]["text"]
+
+
+# sets that train, and what is set for each
+TRAINED: dict[str, dict[str, Any]] = {
+    "qa/persianqa_test_split.json": {},
+    "qa/xquad.zh.json": {},
+    "sft/oasst_message_trees.jsonl": {"paths": "all", "on_bad_row": "skip"},
+    "sft/oasst_flat_messages.json": {"on_bad_row": "skip"},
+    "sft/sharegpt_dummy_conversation.json": {},
+    "sft/chatterbot_persian.jsonl": {"on_bad_row": "skip"},
+    "sft/dolly_long_answers.jsonl": {},
+    "formats/text.jsonl": {},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
+def test_public_sets_train_and_are_rendered_right(
+    shared_data: Path, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = {"train": str(there(shared_data, name)), "cut_long": True, **TRAINED[name]}
+    # a text with a question is longer than what the tiny one reads
+    base = "smollm2-135m" if name.startswith("qa/") else str(tiny_base)
+    tree: dict[str, Any] = {"model": {"base": base, "dtype": "fp32"}, "data": data}
+    num_steps = 1 if name.startswith("qa/") else 2
+    tree["train"] = {"max_steps": num_steps, "max_rows": 20 * num_steps, "batch_size": 2}
+    recipe = build_recipe(tree)
+    tokenizer = load_chat_tokenizer(resolve_base(base).folder)
+    learnt = [one for source in read_sides(recipe, None, lambda _: None).train for one in source.rows]
+    for row in learnt[:10]:
+        example = render_example(row, tokenizer, 100_000)
+        trained = tokenizer.decode([i for i in example.labels_T.tolist() if i != IGNORE])
+        assert trained == "".join(m.content for m in row.messages if m.role == "assistant" and m.trained)
+    run = train_stage(recipe)
+    assert len(read_lines(run.metrics_path)) == num_steps
