@@ -15,6 +15,7 @@ from myna.data.check import SHOWN_PLACES
 from myna.data.conversation import Conversation, Message, Place
 
 LINE_BITS = 40  # of a place in 64 bits; the rest is the number of its file
+AT_ONCE = 1 << 18
 Alike = tuple[int, list[tuple[int, int]]]
 
 
@@ -51,23 +52,16 @@ class Digests:
         import numpy as np
 
         wholes = np.frombuffer(self._wholes, np.uint64)
-        order = np.argsort(wholes, kind="stable")
-        ordered = wholes[order]
-        later = np.sort(order[1:][ordered[1:] == ordered[:-1]])
-        return _first_of(wholes, later)
+        return _first_of(wholes, _after_the_first(_shared(wholes), wholes))
 
     def contradicting(self) -> Alike:
         """How many prompts stood there before with another answer, and the first of them with that one."""
         import numpy as np
 
         wholes, prompts = np.frombuffer(self._wholes, np.uint64), np.frombuffer(self._prompts, np.uint64)
-        _, firsts = np.unique(wholes, return_index=True)
-        firsts.sort()  # of each conversation the first row; repeated ones contradict nothing more
-        asked = prompts[firsts]
-        order = np.argsort(asked, kind="stable")
-        ordered = asked[order]
-        later = np.sort(firsts[order[1:][ordered[1:] == ordered[:-1]]])
-        return _first_of(prompts, later)
+        repeated = _after_the_first(_shared(wholes), wholes)  # these contradict nothing more
+        own = np.setdiff1d(_shared(prompts), repeated, assume_unique=True)
+        return _first_of(prompts, _after_the_first(own, prompts))
 
     def standing_in(self, held_out: Digests) -> tuple[int, list[int]]:
         """How many prompts stand in `held_out` too, and the first of them."""
@@ -77,9 +71,14 @@ class Digests:
             return 0, []
         known = np.unique(np.frombuffer(held_out._prompts, np.uint64))
         prompts = np.frombuffer(self._prompts, np.uint64)
-        near = np.minimum(np.searchsorted(known, prompts), len(known) - 1)
-        found = np.flatnonzero(known[near] == prompts)
-        return len(found), [int(index) for index in found[:SHOWN_PLACES]]
+        count, first = 0, list[int]()
+        for start in range(0, len(prompts), AT_ONCE):
+            block = prompts[start : start + AT_ONCE]
+            near = np.minimum(np.searchsorted(known, block), len(known) - 1)
+            found = start + np.flatnonzero(known[near] == block)
+            count += len(found)
+            first += found[: SHOWN_PLACES - len(first)].tolist()
+        return count, first
 
     def _packed(self, place: Place | None) -> int:
         if place is None:
@@ -90,6 +89,33 @@ class Digests:
             self._units.append(place.unit)
         self.has_parts = self.has_parts or bool(place.part)
         return number << LINE_BITS | place.line
+
+
+def _shared(digests: Any) -> Any:
+    """The indices of digests that stand more than once, in their order. Takes 8 bytes of each, and more of those alone."""
+    import numpy as np
+
+    ordered = np.sort(digests)
+    several = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    del ordered
+    if not len(several):
+        return np.zeros(0, np.int64)
+    found = []
+    for start in range(0, len(digests), AT_ONCE):
+        block = digests[start : start + AT_ONCE]
+        near = np.minimum(np.searchsorted(several, block), len(several) - 1)
+        found.append(start + np.flatnonzero(several[near] == block))
+    return np.concatenate(found)
+
+
+def _after_the_first(indices: Any, digests: Any) -> Any:
+    """Of indices in their order those before which one with the same digest stands."""
+    import numpy as np
+
+    own = digests[indices]
+    order = np.argsort(own, kind="stable")
+    ordered = own[order]
+    return np.sort(indices[order[1:][ordered[1:] == ordered[:-1]]])
 
 
 def _first_of(digests: Any, later: Any) -> Alike:
