@@ -119,14 +119,18 @@ def train(
 
 @app.command()
 def init(
-    rows: Annotated[Path, typer.Argument(metavar="FILE", help="your rows: .jsonl .json .csv .tsv .parquet")],
+    rows: Annotated[Path, typer.Argument(metavar="FILE", help="your rows: a file, a folder, hf:org/name")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="a setting of the recipe that is written"),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="replace a recipe.yaml that is here")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Look at a data file and write a commented recipe.yaml here."""
     from myna.first_recipe import init_recipe
 
-    path, said = init_recipe(rows, Path("recipe.yaml"), overwrite=yes)
+    path, said = init_recipe(rows, Path("recipe.yaml"), overrides or [], overwrite=yes)
     if as_json:
         print_json({"recipe": str(path), "said": said})
         return

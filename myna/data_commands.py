@@ -96,7 +96,8 @@ def check(
         print_json(found.pop("train") | ({"others": found} if found else {}))
     if html is not None:
         _write_page(html, reviews)
-    if any(one.num_errors and (on_bad_row == BadRow.fail or not one.usable) for one in reviews.values()):
+    fails = on_bad_row == BadRow.fail
+    if any(one.num_unskippable or (one.num_errors and (fails or not one.usable)) for one in reviews.values()):
         raise typer.Exit(DataError.exit_code)
 
 
@@ -132,6 +133,14 @@ def convert(
     from myna.data.stdin_rows import spooled
     from myna.run import write_lines
 
+    if out.suffix.lower() not in (".jsonl", ".ndjson"):
+        raise UsageError(
+            "rows are written as JSON lines", where=str(out), help=f"-o {out.with_suffix('.jsonl')}"
+        )
+    if path != "-" and _recipe(path, overrides).data.mix:
+        raise UsageError(
+            "data.mix is not converted with data.train", where=path, help="convert each file by itself"
+        )
     if out.exists() and not yes:
         raise UsageError("is there already", where=str(out), help="--yes replaces it")
     with spooled(path) as (path, told):

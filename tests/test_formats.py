@@ -208,7 +208,8 @@ def test_a_shape_that_cannot_be_told_lists_what_is_read() -> None:
     assert error.code == "D010" and "the keys are: ticket, reply" in error.message
     for name in ("messages", "sharegpt", "alpaca", "prompt_answer"):
         assert f"  {name}: " in error.message
-    assert str(error.help).endswith("--set data.columns.prompt=ticket --set data.columns.completion=reply")
+    assert "--set data.columns.prompt=ticket --set data.columns.completion=reply;" in str(error.help)
+    assert "data.columns.prompt=KEY" in str(refused({"id": "1", "ticket": "q", "reply": "a"}).help)
 
 
 def test_keys_with_control_characters_do_not_reach_the_terminal() -> None:

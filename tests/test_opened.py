@@ -127,7 +127,7 @@ def test_a_byte_of_another_encoding_has_a_line_to_paste(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "prompt,completion\nq,caf\xe9\n".encode("latin-1"))
     (error,) = scan_rows(path)
     assert isinstance(error, DataError) and str(error.where) == f"{path}:2"
-    assert error.help == "iconv -f WINDOWS-1252 -t UTF-8 a.csv > utf8-a.csv"
+    assert error.help == f"iconv -f WINDOWS-1252 -t UTF-8 {path} > {path.with_name('utf8-a.csv')}"
 
 
 @pytest.mark.parametrize(

@@ -186,3 +186,41 @@ def test_the_check_loads_nothing_heavy(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_convert_writes_json_lines_and_one_file_of_rows(myna: Command, tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", pair("q"))
+    done = myna("data", "convert", "a.jsonl", "-o", "b.csv")
+    assert done.returncode == 2 and "-o b.jsonl" in done.stderr
+    (tmp_path / "r.yaml").write_text("data: {train: a.jsonl, mix: [{train: a.jsonl}]}\n")
+    assert "data.mix" in myna("data", "convert", "r.yaml", "-o", "b.jsonl").stderr
+
+
+def test_init_reads_rows_as_it_is_told_and_writes_that_down(myna: Command, tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", {"id": "1", "ticket": "q", "reply": "a"})
+    given = ["--set", "data.columns.prompt=ticket", "--set", "data.columns.completion=reply"]
+    assert myna("init", "a.jsonl").returncode == 3
+    assert myna("init", "a.jsonl", *given, "--set", "data.system=Be brief").returncode == 0
+    assert myna("data", "check", "recipe.yaml", "--no-tokens").returncode == 0
+    written = (tmp_path / "recipe.yaml").read_text()
+    assert (
+        'columns: {"prompt": "ticket", "completion": "reply"}' in written and 'system: "Be brief"' in written
+    )
+
+
+def test_a_folder_that_goes_away_while_it_is_walked_is_no_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    write(tmp_path / "a.jsonl", pair("q"))
+    (tmp_path / "gone").mkdir()
+    scandir = os.scandir
+
+    def vanishing(path: Any) -> Any:
+        if Path(path).name == "gone":
+            raise FileNotFoundError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert review_rows(tmp_path).num_rows == 1

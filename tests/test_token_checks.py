@@ -112,6 +112,7 @@ def test_a_row_that_the_template_refuses_is_named_and_the_others_counted(
     assert finding.level == "error" and finding.places[0][0] == f"{path}:2"
     assert "no system role here" in finding.places[0][1]
     assert review.tokens and sum(count for _, count in review.tokens.histogram) == 2
+    assert review.num_unskippable == 1, "training refuses it whatever becomes of bad rows"
 
 
 def pair_of_turns(question: str = "q") -> list[dict[str, str]]:

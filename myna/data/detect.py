@@ -241,9 +241,11 @@ def _untold(row: Row, shapes: Sequence[Format], columns: Mapping[str, str]) -> D
         return missing_key(row, lacks[shape.name][0], shape, columns)
     lines = [f"the shape of the rows cannot be told; the keys are: {named(row.values)}. Rows may be:"]
     lines += [f"  {shape.name}: {shape.description}" for shape in shapes]
-    pair = [*row.values, "KEY", "KEY"][:2]
-    example = f"{setting('prompt', pair[0])} {setting('completion', pair[1])}"
-    return fault("D010", "\n".join(lines), where=row.place, help=f"name the keys, for example {example}")
+    # of more than two it is not guessed which: a guess that is pasted would train on something else without a word
+    prompt, completion = row.values if len(row.values) == 2 else ("KEY", "KEY")
+    example = f"{setting('prompt', prompt)} {setting('completion', completion)}"
+    cure = f"name the keys: {example}; where these are a row already, the table needs a header above it"
+    return fault("D010", "\n".join(lines), where=row.place, help=cure)
 
 
 def _refuse_unused(first: Row, detected: Detected, columns: Mapping[str, str]) -> None:

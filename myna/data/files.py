@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -110,7 +111,8 @@ def refuse_binary(path: Path) -> None:
 
 def to_utf8(path: Path, encoding: str) -> str:
     """A line to paste that makes UTF-8 of a file in another encoding."""
-    return f"iconv -f {encoding} -t UTF-8 {path.name} > utf8-{path.name}"
+    made = path.with_name(f"utf8-{path.name}")
+    return f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {shlex.quote(str(made))}"
 
 
 def bad_text(line: str, place: Place) -> DataError | None:

@@ -24,6 +24,7 @@ from myna.errors import DataError
 if TYPE_CHECKING:
     from myna.data.token_checks import TokenChecks, TokenCounts, TokenSettings
 
+OF_TRAINING = ("D040", "D042")
 LONGEST = 2**32 - 1  # characters that are held of a length
 SCRIPTS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("Latin", re.compile(r"[A-Za-zÀ-ɏ]")),
@@ -67,6 +68,11 @@ class Review:
     usable: bool
     faults: tuple[DataError, ...]
     notes: tuple[str, ...]
+
+    @property
+    def num_unskippable(self) -> int:
+        """Errors that no `on_bad_row` leaves out: training refuses the rows as a whole."""
+        return sum(f.count for f in self.findings if f.level == "error" and f.code in OF_TRAINING)
 
     @property
     def num_errors(self) -> int:

@@ -88,12 +88,18 @@ def single(read: Callable[[Row, Keys], tuple[Message, ...]]) -> Callable[[Row, K
     return read_one
 
 
+GROUP_CURE = (
+    "add it to the rows; rows that `myna data convert` wrote have no keys of their own: "
+    "give the table that they were made of"
+)
+
+
 def grouped(made: Made, row: Row, key: str) -> Made:
     """A row's conversations with what stands under `key` as their group; a fault where nothing does."""
     try:
         if key not in row.values:
             near = nearest([key], row.values)
-            cure = f"--set data.group_by={shown(near)}" if near else "add it to the row, or take the row out"
+            cure = f"--set data.group_by={shown(near)}" if near else GROUP_CURE
             message = f"`{shown(key)}` (data.group_by) is missing; the keys are: {named(row.values)}"
             raise fault("D012", message, where=row.place, help=cure)
         group = read_text(row.values[key], f"`{shown(key)}` (data.group_by)", row.place)

@@ -43,7 +43,7 @@ def files_of(path: Path) -> list[Path]:
     in folders and patterns, and so is plain text beside other files of rows.
     """
     if path.is_dir():
-        found = [one for one in path.rglob("*") if _holds_rows(one, path)]
+        found = [one for one in _files_in(path) if _holds_rows(one, path)]
     elif not path.exists() and any(c in str(path) for c in WILD):
         fitting = map(Path, glob.glob(str(path), recursive=True))
         found = _once(one for one in fitting if _holds_rows(one, one.parent))
@@ -54,6 +54,13 @@ def files_of(path: Path) -> list[Path]:
         raise fault("D007", what, where=str(path), help=f"files of rows end in {' '.join(SOURCES)}")
     others = [one for one in found if row_suffix(one) not in TEXTS]
     return sorted(others or found)
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    """The files in a folder and in those in it, but hidden ones; what goes away while it is looked for is none."""
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(root) / name for name in names)
 
 
 def is_there(path: Path) -> bool:

@@ -21,7 +21,9 @@ from myna.data.conversation import Conversation
 from myna.data.spool import Chosen, chosen
 from myna.errors import DataError
 
-ALL_TRAINED = "--set data.test_fraction=0 trains on every row and holds nothing out"
+ALL_TRAINED = (
+    "--set data.test_fraction=0 --set data.validation_fraction=0 trains on every row and holds nothing out"
+)
 ROWS_A_LABEL = 2  # with fewer rows to a label on average the answers are no labels
 
 
@@ -276,6 +278,9 @@ def _nothing_left(conversations: Sequence[Conversation], num_units: int) -> Data
     grouped = any(conversation.group is not None for conversation in conversations)
     of_what = ("group", "groups") if grouped else ("prompt", "different prompts")
     units = f"1 {of_what[0]}" if num_units == 1 else f"{num_units} {of_what[1]}"
+    num_groups = len({one.group for one in conversations if one.group is not None})
+    if num_groups > num_units:
+        units = f"{num_groups} groups that prompts in several of them tie into {num_units}"
     place = conversations[0].place if conversations else None
     where = place.path if place else "rows"
     message = f"nothing would be left to train on: {rows} with {units}, some of them to be held out"

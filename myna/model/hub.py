@@ -313,7 +313,7 @@ def _broken(error: Exception, spec: str) -> MynaError:
         )
     if kind == "OfflineModeIsEnabled":
         return MachineError(
-            "HF_HUB_OFFLINE is set, and it is not in the local cache", where=spec, help="unset it once"
+            "HF_HUB_OFFLINE is set, and it is not in the local cache", where=spec, help="unset HF_HUB_OFFLINE"
         )
     if "Connect" in kind or ("Timeout" in kind and "Read" not in kind):
         return MachineError(
