@@ -73,7 +73,11 @@ def main() -> None:
         whole, few = Path(folder) / "rows.jsonl", Path(folder) / "few.jsonl"
         num_rows = write_rows(whole, int(arguments.megabytes * 1e6))
         write_rows(few, 1, fewest=FEW)
-        rows = [measure(name, whole, few, num_rows, arguments.repeats) for name in STAGES]
+        rows = [
+            measure(name, whole, few, num_rows, arguments.repeats)
+            for name in STAGES
+            if arguments.stages in name
+        ]
         tokens = token_table(Path(folder), arguments) if arguments.base else ""
     head = (
         f"# Reading and checking rows\n\n{today()} · {machine()} · commit {commit()} · load before: {before}\n\n"
@@ -146,6 +150,7 @@ def _arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--megabytes", type=float, default=50)
+    parser.add_argument("--stages", default="", help="those alone whose name has this text in it")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--base", type=Path, help="a folder with a tokenizer: rows are rendered too")
     parser.add_argument("--token-megabytes", type=float, default=8)
