@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -114,8 +115,16 @@ def test_a_real_process_that_reads_is_stopped_with_one_line(tmp_path: Path) -> N
         start_new_session=True,
     )
     opened = Path(f"/proc/{process.pid}/fd")
+
+    def has_it_open() -> bool:
+        found = False
+        for one in opened.iterdir():
+            with contextlib.suppress(OSError):  # it may be closed while it is looked at
+                found = found or os.readlink(one) == str(path.resolve())
+        return found
+
     until = time.monotonic() + 60
-    while not any(os.path.realpath(one) == str(path.resolve()) for one in opened.iterdir()):
+    while not has_it_open():
         assert process.poll() is None and time.monotonic() < until, "it never opened the file"
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)

@@ -209,6 +209,20 @@ def test_a_product_is_counted_as_two_operations_a_multiply(
     assert answer.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int32}[dtype]
 
 
+def test_sizes_that_would_take_long_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(peaks, "_PRODUCTS", {"fp32": lambda side, device: side})
+
+    def rate(side: object, flops: float, *_: object) -> float:
+        asked.append(flops)
+        return speed
+
+    monkeypatch.setattr(peaks, "_rate", rate)
+    for speed, num_sides in ((1e9, 1), (5e9, 2), (1e11, 3)):
+        asked.clear()
+        assert product_peak("fp32") == speed and len(asked) == num_sides
+
+
 def test_threads_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peaks, "SIDES", (64,))
     monkeypatch.setattr(peaks, "SECONDS_A_SIDE", 0)
