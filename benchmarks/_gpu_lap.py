@@ -111,7 +111,7 @@ def myna_lap(lap: dict[str, Any]) -> dict[str, Any]:
     from myna.engine.scaling import LossScale, mean_loss
     from myna.engine.step import best_kernels, choose_kernels, make_stepper
     from myna.engine.threads import usable_cores
-    from myna.recipe import AdapterSettings, TrainSettings
+    from myna.settings import AdapterSettings, TrainSettings
 
     model = add_adapter(new_model(lap), AdapterSettings(r=RANK, alpha=ALPHA), seed=0, base_name="random")
     adapter = flatten_adapter(trainable_parameters(model), TrainSettings(learning_rate=RATE))

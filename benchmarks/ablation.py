@@ -145,7 +145,7 @@ def run_lap(lap: Lap, arguments: argparse.Namespace) -> dict[str, float]:
     from myna.engine.step import choose_kernels, make_stepper
     from myna.model.load import load_base
     from myna.model.sources import resolve_base
-    from myna.recipe import AdapterSettings, TrainSettings
+    from myna.settings import AdapterSettings, TrainSettings
 
     threads = usable_cores()
     torch.set_num_threads(threads)

@@ -24,30 +24,14 @@ from myna.adapters.its_base import adapter_base
 from myna.data.render import ChatTokenizer, load_chat_tokenizer
 from myna.errors import Interrupted, ModelError, MynaError, UsageError
 from myna.given_rows import give_rows
+from myna.lock import lock_run
 from myna.model.hub import PREFIX, fetch_repository
 from myna.model.load import read_config
 from myna.model.sources import PACKAGED, BaseFiles, Say, model_folder, resolve_base
 from myna.prepare import LIBRARIES, save_tokenizer
-from myna.recipe import (
-    DEFAULT_MAX_LENGTH,
-    DataSettings,
-    GivenData,
-    GivenRecipe,
-    ModelSettings,
-    RunSettings,
-    recipe_yaml,
-)
-from myna.run import (
-    RUNS_DIR,
-    Run,
-    file_sha256,
-    lock_run,
-    new_directory,
-    run_path,
-    timestamp,
-    write_json,
-    write_text,
-)
+from myna.recipe import GivenData, GivenRecipe, recipe_yaml
+from myna.run import RUNS_DIR, Run, file_sha256, new_directory, run_path, timestamp, write_json, write_text
+from myna.settings import DEFAULT_MAX_LENGTH, DataSettings, ModelSettings, RunSettings
 from myna.show import Show
 from myna.stored import is_whole, refuse_existing
 

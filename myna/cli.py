@@ -55,6 +55,16 @@ Overrides = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="go on where this run stopped")]
 
+Force = Annotated[
+    bool, typer.Option("--force", help="with --resume: although recipe, data or base are not what they were")
+]
+ResumeFrom = Annotated[
+    Path | None,
+    typer.Option(
+        "--resume-from", metavar="PATH", help="go on from a checkpoint, a mirror or a run elsewhere"
+    ),
+]
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -92,17 +102,28 @@ def demo(
 
 @app.command()
 def run(
-    recipe: RecipePath, overrides: Overrides = None, resume: Resume = False, as_json: AsJson = False
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    force: Force = False,
+    resume_from: ResumeFrom = None,
+    as_json: AsJson = False,
 ) -> None:
     """train → merge → export → evaluate (base, tuned, each file) → report, for your own rows."""
     from myna.recipe import load_recipe
 
-    _run_recipe(load_recipe(recipe, overrides or []), resume=resume, as_json=as_json)
+    loaded = load_recipe(recipe, overrides or [])
+    _run_recipe(loaded, resume=resume, force=force, resume_from=resume_from, as_json=as_json)
 
 
 @app.command()
 def train(
-    recipe: RecipePath, overrides: Overrides = None, resume: Resume = False, as_json: AsJson = False
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    force: Force = False,
+    resume_from: ResumeFrom = None,
+    as_json: AsJson = False,
 ) -> None:
     """Train the adapter of a recipe."""
     from myna.pipeline import train_stage
@@ -111,7 +132,7 @@ def train(
     loaded = load_recipe(recipe, overrides or [])
 
     def work(show: Show) -> Mapping[str, Any]:
-        made = train_stage(loaded, resume=resume, show=show)
+        made = train_stage(loaded, resume=resume, force=force, resume_from=resume_from, show=show)
         return {"run": str(made.path), "adapter": str(made.adapter_dir), **(made.stage("train") or {})}
 
     run_stage(work, as_json, lambda result: f"adapter  {result['adapter']}")
@@ -178,12 +199,14 @@ def doctor(
         raise typer.Exit(4)
 
 
-def _run_recipe(recipe: Any, *, resume: bool, as_json: bool) -> None:
+def _run_recipe(
+    recipe: Any, *, resume: bool, as_json: bool, force: bool = False, resume_from: Path | None = None
+) -> None:
     from myna.pipeline import run_recipe
     from myna.run import read_json
 
     with terminal_show(new_console(stderr=True)) as show:
-        result = run_recipe(recipe, resume=resume, show=show)
+        result = run_recipe(recipe, resume=resume, force=force, resume_from=resume_from, show=show)
     if as_json:
         print_json(result)
         return

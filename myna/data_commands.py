@@ -16,7 +16,8 @@ from myna.terminal import AsJson, new_console, one_line, print_json
 
 if TYPE_CHECKING:
     from myna.data.token_checks import TokenSettings
-    from myna.recipe import DataSettings, Recipe
+    from myna.recipe import Recipe
+    from myna.settings import DataSettings
 
 RECIPES = (".yaml", ".yml")
 NO_RECIPE = "tokens: give a recipe in place of the rows (`myna init ROWS` writes one)"

@@ -9,10 +9,11 @@ from myna.data.render import load_chat_tokenizer
 from myna.data.rows import as_row, load_conversations
 from myna.data.text_rows import refuse_texts
 from myna.errors import DataError, UsageError
+from myna.lock import lock_run
 from myna.model.hub_rows import is_hub, locate_rows
 from myna.model.sources import Say
 from myna.rendering import short_enough
-from myna.run import Run, file_sha256, lock_run, write_json, write_text
+from myna.run import Run, file_sha256, write_json, write_text
 from myna.stored import is_adopted, stored_recipe
 
 

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from myna.errors import MachineError
+from myna.run import sync_file, write_lines
+
+LONGEST_LINE = 4096  # bytes
 
 METRICS = (
     *(
@@ -93,39 +96,105 @@ class StepReport:
         return " · ".join(parts)
 
 
-def append_metrics(path: Path, report: StepReport) -> None:
-    """Adds a step's line. MachineError where it cannot be written."""
-    append_line(path, report.metrics())
+class MetricsLog:
+    """metrics.jsonl as it grows. Where the disk is full its lines wait, in order, until there is room again.
+
+    `num_bytes` is how far the file is known to be whole.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.num_bytes = path.stat().st_size if path.is_file() else 0
+        self._waiting: list[bytes] = []
+
+    def add(self, entry: Mapping[str, Any]) -> str | None:
+        """Adds a line; why it has to wait, where it has to."""
+        self._waiting.append(json.dumps(entry).encode() + b"\n")
+        return self._write()
+
+    def sync(self) -> None:
+        """Afterwards every line is on the disk. MachineError where it cannot be."""
+        fault = self._write()
+        if fault is None:
+            try:
+                if self.path.is_file():
+                    sync_file(self.path)
+            except OSError as error:
+                fault = error.strerror or str(error)
+        if fault is not None:
+            raise MachineError(
+                f"could not be written: {fault}",
+                where=str(self.path),
+                help="make room, then the same with --resume",
+            )
+
+    def _write(self) -> str | None:
+        try:
+            with self.path.open("ab") as file:
+                if self._waiting:
+                    file.truncate(self.num_bytes)  # what a full disk took of a line
+                    file.write(b"".join(self._waiting))
+        except OSError as error:
+            return error.strerror or str(error)
+        self.num_bytes += sum(map(len, self._waiting))
+        self._waiting.clear()
+        return None
 
 
-def append_line(path: Path, entry: Mapping[str, Any]) -> None:
-    """Adds a line of a step. MachineError where it cannot be written."""
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-    except OSError as error:
-        raise MachineError(
-            f"could not be written: {error.strerror}",
-            where=str(path),
-            help="make room, then the same with --resume",
-        ) from error
+def cut_metrics(path: Path, last_step: int, num_bytes: int | None = None) -> str | None:
+    """Drops the lines of steps after `last_step` (and a half-written one): a resumed run has each step once.
 
-
-def cut_metrics(path: Path, last_step: int) -> None:
-    """Drops the lines of steps after `last_step` (and a half-written one): a resumed run has each step once."""
+    `num_bytes` is where the file ended when the checkpoint of that step was taken. Where it cannot have ended there, lines
+    are dropped by their steps, and the answer says so.
+    """
     if not path.is_file():
-        return
-    kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= last_step]
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+        return (
+            f"{path.name} is gone: the steps up to {last_step} are not in it any more" if num_bytes else None
+        )
+    if num_bytes is not None and _ends_with(path, num_bytes, last_step):
+        os.truncate(path, num_bytes)
+        return None
+    lines = [line for line in read_lines(path) if line["step"] <= last_step]
+    write_lines(path, (json.dumps(line) + "\n" for line in lines))
+    return (
+        None
+        if num_bytes is None
+        else f"{path.name} is not what it was at step {last_step}: lines may be missing"
+    )
+
+
+def _ends_with(path: Path, num_bytes: int, step: int) -> bool:
+    """Whether the file's first `num_bytes` end with a line of that step."""
+    with path.open("rb") as file:
+        file.seek(max(0, num_bytes - LONGEST_LINE))
+        tail = file.read(min(num_bytes, LONGEST_LINE))
+    if path.stat().st_size < num_bytes or not tail.endswith(b"\n"):
+        return num_bytes == 0 and step == 0
+    try:
+        return bool(json.loads(tail[:-1].rpartition(b"\n")[2])["step"] == step)
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def last_line(path: Path) -> dict[str, Any] | None:
+    """The last whole line, found from the end."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - LONGEST_LINE))
+        lines = file.read().split(b"\n")
+    try:
+        entry = json.loads(lines[-2])
+    except (IndexError, ValueError):
+        return None
+    return entry if isinstance(entry, dict) else None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a run that is being trained, without one that a kill left half-written."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):  # of JSON, or of UTF-8
             entry = json.loads(line)
             if isinstance(entry, dict) and isinstance(entry.get("step"), int):
                 lines.append(entry)

@@ -11,7 +11,8 @@ from myna.data.packing import Step, collate, plan_packs
 from myna.data.render import Example
 from myna.data.token_rows import lengths_of
 from myna.plan import FrozenPlan
-from myna.recipe import Recipe, TrainSettings
+from myna.recipe import Recipe
+from myna.settings import TrainSettings
 
 MOST_STEPS = 200  # that are laid out; their packs are like the others'
 

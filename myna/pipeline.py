@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from myna.data.sides import row_files
@@ -18,19 +19,30 @@ from myna.errors import Interrupted, MynaError, UsageError
 from myna.evaluate.run_files import read_metrics
 from myna.evaluate.stage import evaluate_stage
 from myna.export.stage import export_stage, merge_stage, require_types
+from myna.lock import lock_run
+from myna.mirror import bring_in, find_taken
 from myna.model.hub_rows import rows_on_disk
 from myna.plan import unused_settings
 from myna.prepare import keep_trained, prepare
 from myna.recipe import Recipe
-from myna.run import Run, file_sha256, lock_run, read_json, run_files
+from myna.run import Run, file_sha256, read_json, run_files
 from myna.show import Show
+from myna.signals import catch_signals
+from myna.state import Progress
 from myna.stored import is_adopted, refuse_existing, run_of, stored_recipe
 
 
-def run_recipe(recipe: Recipe, *, resume: bool = False, show: Show | None = None) -> dict[str, Any]:
-    """The whole way for one recipe; returns what `--json` prints. With `resume` it goes on where the run stopped."""
+def run_recipe(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    resume_from: Path | None = None,
+    show: Show | None = None,
+) -> dict[str, Any]:
+    """The whole way for one recipe; returns what `--json` prints. The rest is as `train_stage` has it."""
     show = show or Show()
-    run = train_stage(recipe, resume=resume, show=show)
+    run = train_stage(recipe, resume=resume, force=force, resume_from=resume_from, show=show)
     # what a resumed recipe says of export and evaluation counts; the rest is as it was trained
     settings = stored_recipe(run)
     merge_stage(run, show=show)
@@ -39,9 +51,21 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, show: Show | None = None
     return outcome(run)
 
 
-def train_stage(recipe: Recipe, *, resume: bool = False, show: Show | None = None) -> Run:
-    """Trains the recipe's adapter. Refuses a run that exists unless `resume`; does nothing where it is trained."""
-    from myna.train import catch_signals, train
+def train_stage(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    resume_from: Path | None = None,
+    show: Show | None = None,
+) -> Run:
+    """Trains the recipe's adapter. Refuses a run that exists unless `resume`; does nothing where it is trained.
+
+    With `resume` it goes on where the run stopped; `force` does so although recipe, data or base are not what they were.
+    `resume_from` is a checkpoint, a mirror or a run elsewhere to go on from.
+    """
+    from myna.ready import make_ready
+    from myna.train import train_on
 
     show = show or Show()
     require_types(recipe.export.quantize, importance=recipe.export.importance)
@@ -53,7 +77,8 @@ def train_stage(recipe: Recipe, *, resume: bool = False, show: Show | None = Non
             help="--set run.name=NAME starts another run",
             code="run-exists",
         )
-    if not (resume and run.exists()):
+    taken = find_taken(resume_from, run.name) if resume_from else None
+    if not ((resume or taken) and run.exists()):
         refuse_existing(run)
     started = time.perf_counter()
     show.stage("train")
@@ -62,26 +87,29 @@ def train_stage(recipe: Recipe, *, resume: bool = False, show: Show | None = Non
             keep_trained(recipe, run)
             show.say("the adapter is trained already (its rows are no longer where they were)")
             return run
-        prepared = prepare(recipe, run, show.say)
-        if run.stage("train"):
+        begun = taken.manifest if taken else None
+        prepared = prepare(recipe, run, show.say, force=force, begun=begun)
+        if taken:
+            bring_in(run, taken, show.say)
+        trained = run.stage("train")
+        if trained and prepared.plan.num_steps <= trained["steps"]:
             show.say("the adapter is trained already")
             return run
+        if trained:
+            aside = reopen(run)
+            show.say(f"the run becomes longer: what was made of its {trained['steps']} steps is in {aside}")
         for sentence in (*prepared.plan.sentences(), *unused_settings(prepared.recipe, prepared.plan)):
             show.say(sentence)
-        with catch_signals() as stop_asked:
-            for report in train(prepared, show.say, stop_asked):
+        ready = make_ready(prepared, show.say, force=force)
+        with (
+            catch_signals() as stop_asked
+        ):  # until here a signal ends the process at once: there is nothing to save
+            for report in train_on(ready, stop_asked):
                 show.step(report)
             number = stop_asked()
-        seconds = time.perf_counter() - started
         run.finish_stage(
             "train",
-            {
-                "seconds": round(seconds, 1),
-                "steps": prepared.plan.num_steps,
-                "target_tokens": sum(line["target_tokens"] for line in read_metrics(run.metrics_path)),
-                "trainable_parameters": _num_parameters(run),
-                "adapter_sha256": file_sha256(run.adapter_dir / "adapter_model.safetensors"),
-            },
+            _as_trained(run, prepared.plan.num_steps, ready.progress, time.perf_counter() - started),
             [run.adapter_dir, run.metrics_path],
         )
         if number is not None:
@@ -91,8 +119,48 @@ def train_stage(recipe: Recipe, *, resume: bool = False, show: Show | None = Non
                 where=str(run.path),
                 help="the same command with --resume goes on",
             )
+    del ready
     forget_models()
     return run
+
+
+def _as_trained(run: Run, num_steps: int, progress: Progress, seconds: float) -> dict[str, Any]:
+    """What run.json keeps of training: `seconds` of this process, and of all of them what the steps came to."""
+    lines = read_metrics(run.metrics_path)
+    return {
+        "seconds": round(seconds, 1),
+        "steps": num_steps,
+        "step_seconds": round(progress.seconds, 1),
+        "tokens": progress.tokens,
+        "target_tokens": sum(line["target_tokens"] for line in lines),
+        "best_step": progress.best_step,
+        "best_validation_loss": progress.best_loss,
+        "trainable_parameters": _num_parameters(run),
+        "adapter_sha256": file_sha256(run.adapter_dir / "adapter_model.safetensors"),
+    }
+
+
+def reopen(run: Run) -> Path:
+    """Makes a trained run one that is being trained; what was made from its adapter is set aside, and stays.
+
+    Returns the folder that it is in: before-longer, or with a number where there is one.
+    """
+    names = [f"before-longer{'' if number == 1 else f'-{number}'}" for number in range(1, 1000)]
+    aside = next(run.path / name for name in names if not (run.path / name).exists())
+    aside.mkdir()
+    made = (
+        run.adapter_dir,
+        run.merged_dir,
+        run.gguf_dir,
+        run.parity_path,
+        run.evaluation_path,
+        run.report_path,
+    )
+    for path in made:
+        if path.exists():
+            path.rename(aside / path.name)
+    run.forget_stages([*made, run.metrics_path])
+    return aside
 
 
 def outcome(run: Run) -> dict[str, Any]:

@@ -6,7 +6,7 @@ recipe, base, lengths of the rows, Machine (cores, total memory, number formats)
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from myna.engine.threads import fast_in_bfloat16, usable_cores
 from myna.errors import MachineError, RecipeError, UsageError
 from myna.recipe import Recipe
 from myna.run import read_json
+from myna.settings import TrainSettings
 
 KERNELS_VARIABLE = "MYNA_KERNELS"  # torch: plain torch · native, flex: refused where they cannot be had
 KERNELS_WORDS = {"native": "C kernels", "flex": "attention by block masks"}
@@ -144,8 +145,7 @@ def freeze_plan(
     _refuse_int8(quantize, path, reason, machine.device)
     assert settings.pack_tokens is not None
     parts = parts or (Part(len(lengths)),)
-    num_rows = rows_an_epoch(parts)
-    num_steps = settings.epochs * num_steps_an_epoch(num_rows, settings.batch_size)
+    num_rows, num_steps = planned_length(settings, parts)
     lengths = lengths_at_most(lengths, parts)
     shape = base_shape(config)
 
@@ -184,7 +184,7 @@ def freeze_plan(
         path_reason=reason,
         pack_tokens=settings.pack_tokens,
         num_rows=num_rows,
-        num_steps=min(num_steps, settings.max_steps or num_steps),
+        num_steps=num_steps,
         kernels=kernels,
         kernels_reason=kernels_reason,
         quantize=quantize,
@@ -197,6 +197,13 @@ def freeze_plan(
         memory_mb=round(needed_mb(checkpoint_layers)),
         total_memory_mb=machine.total_memory_mb,
     )
+
+
+def planned_length(settings: TrainSettings, parts: Sequence[Part]) -> tuple[int, int]:
+    """(rows an epoch, steps of the run)."""
+    num_rows = rows_an_epoch(parts)
+    num_steps = settings.epochs * num_steps_an_epoch(num_rows, settings.batch_size)
+    return num_rows, min(num_steps, settings.max_steps or num_steps)
 
 
 def _best_dtype(config: Any, machine: Machine, path: PathName) -> str:
@@ -214,16 +221,20 @@ def cpu_dtype(shape: BaseShape, *, fast_bf16: bool, total_memory_mb: float) -> s
 
 
 def read_plan(path: Path) -> FrozenPlan:
-    """The plan of a run. MachineError where another version of Myna wrote what this one does not know."""
-    stored = read_json(path)
-    unknown = sorted(stored.keys() - {field.name for field in fields(FrozenPlan)})
+    """The plan of a run; MachineError as `plan_of`."""
+    return plan_of(read_json(path), where=path)
+
+
+def plan_of(entries: Mapping[str, Any], *, where: Path | str = "plan") -> FrozenPlan:
+    """A plan from its entries. MachineError where another version of Myna wrote what this one does not know."""
+    unknown = sorted(entries.keys() - {field.name for field in fields(FrozenPlan)})
     if unknown:
         raise MachineError(
             f"the plan has entries that Myna here does not know: {', '.join(unknown)}",
-            where=str(path),
+            where=str(where),
             help=f"go on with the version that run.json names under versions.myna, {NEW_RUN}",
         )
-    return FrozenPlan(**stored)
+    return FrozenPlan(**entries)
 
 
 def unused_settings(recipe: Recipe, plan: FrozenPlan) -> Iterator[str]:

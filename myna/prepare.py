@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import platform
 import sys
+import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import myna
+from myna.changes import LENGTHS, Made, differences, made_from_json, refuse
 from myna.data.conversation import Conversation
 from myna.data.epochs import Part
 from myna.data.quarantine import quarantine_lines
@@ -24,21 +26,14 @@ from myna.model.hub_rows import locate_data
 from myna.model.load import read_config
 from myna.model.sources import PACKAGED, BaseFiles, Say, resolve_base
 from myna.pack_facts import PackFacts, first_packs
-from myna.plan import FrozenPlan, freeze_plan, read_plan, this_machine
-from myna.recipe import DEFAULT_MAX_LENGTH, Recipe, recipe_yaml
+from myna.plan import FrozenPlan, freeze_plan, plan_of, planned_length, read_plan, this_machine
+from myna.recipe import Recipe, recipe_yaml
 from myna.rendering import render_parts, short_enough, validation_examples
 from myna.run import Run, new_directory, timestamp, write_json, write_lines, write_text
+from myna.settings import DEFAULT_MAX_LENGTH
 from myna.stored import pinned_base, stored_recipe
 
 DEFAULT_PACK_TOKENS = 1024  # on a CPU a larger pack is no faster and takes about 1.5 MB more a token
-# Settings that a resumed run may change: they do not touch what is trained.
-FREE_SETTINGS = (
-    "evaluate.",
-    "export.quantize",
-    "export.importance",
-    "train.save_every_steps",
-    "train.keep_checkpoints",
-)
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "gguf", "xllamacpp", "numpy")
 
 
@@ -59,9 +54,12 @@ class Prepared:
     validation: Sequence[Example] = ()
 
 
-def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
-    """Makes a new run, or reads an existing one back and refuses one whose inputs changed.
+def prepare(
+    recipe: Recipe, run: Run, say: Say, *, force: bool = False, begun: Mapping[str, Any] | None = None
+) -> Prepared:
+    """Makes a new run, or reads an existing one back and refuses one whose inputs changed, unless `force`.
 
+    `begun` is the manifest of a checkpoint from elsewhere that the run is to go on from: a new run takes its plan.
     Raises DataError, ModelError, RecipeError or MachineError with nothing written but whole files.
     """
     known = run.info() if run.exists() else {}
@@ -80,27 +78,77 @@ def prepare(recipe: Recipe, run: Run, say: Say) -> Prepared:
     test = short_enough(sides.test, tokenizer, resolved, say)
     validation = short_enough(sides.validation, tokenizer, resolved, say, what="validation rows")
     validated = validation_examples(validation, tokenizer, resolved)
+    if resolved.checkpoint.adapter == "best" and not (validated and resolved.checkpoint.keep_best):
+        raise RecipeError(
+            "checkpoint.adapter: best is that of the validation loss: it needs validation rows and checkpoint.keep_best",
+            help="--set data.validation_fraction=0.05, or --set checkpoint.adapter=last",
+        )
     inputs = _inputs(resolved, base, sides.loaded, commits, len(test), len(validation))
     faults = [fault for rows in sides.loaded.values() for fault in rows.left_out]
     quarantined = "".join(quarantine_lines(faults)) if recipe.data.on_bad_row == "quarantine" else ""
+    now = Made(resolved.model_dump(mode="json"), inputs["base"], inputs["data"])
+    changed = differences(made_from_json(begun), now) if begun else []
     if run.exists():
-        _refuse_changes(run, resolved, inputs)
         plan = read_plan(run.plan_path)
-        if resolved != stored_recipe(run):
-            write_text(run.recipe_path, recipe_yaml(resolved))
-            run.record([run.recipe_path])
+        before = stored_recipe(run).model_dump(mode="json")
+        changed += differences(Made(before, known["base"], known["data"]), now)
     else:
-        plan = freeze_plan(resolved, config, lengths_of(examples), this_machine(), parts)
+        fresh = freeze_plan(resolved, config, lengths_of(examples), this_machine(), parts)
+        plan = plan_of(begun["plan"]["entries"]) if begun else fresh
+    num_rows, num_steps = planned_length(resolved.train, parts)
+    if num_steps < plan.num_steps and not changed:
+        changed.append(f"{plan.num_steps} steps → {num_steps}: a run that has begun may only become longer")
+    if not force:
+        refuse(run, changed)
+    for sentence in changed:
+        say(f"forced: {sentence}")
+    if num_steps != plan.num_steps:
+        say(
+            f"{plan.num_steps} steps → {num_steps}: the learning rate follows the new length in the steps to come"
+        )
+        plan = replace(plan, num_rows=num_rows, num_steps=num_steps)
+    if run.exists():
+        _keep_up(run, resolved, plan, inputs, changed)
+    else:
         packs = first_packs(examples, parts, resolved, plan)
         for sentence in packs.sentences():
             say(sentence)
         inputs["packs"] = packs.as_json()
+        if begun:
+            inputs["id"] = begun["run"]
         kept = {run.test_path: test, run.validation_path: validation}
         _write_run(run, resolved, base, plan, inputs, kept, tokenizer)
     if quarantined:
         write_text(run.quarantine_path, quarantined)
         run.record([run.quarantine_path])
     return Prepared(run, resolved, base, examples, test, plan, parts, validated)
+
+
+def _keep_up(
+    run: Run, recipe: Recipe, plan: FrozenPlan, inputs: Mapping[str, Any], forced: Sequence[str]
+) -> None:
+    """Writes down what may change in a run that goes on, and what was forced."""
+    info = run.info()
+    # an older process may have died between a file and its digest
+    if recipe != stored_recipe(run) or forced:
+        write_text(run.recipe_path, recipe_yaml(recipe))
+    if plan != read_plan(run.plan_path):
+        write_json(run.plan_path, asdict(plan))
+    files = [run.recipe_path, run.plan_path]
+    told = {"base": inputs["base"], "data": inputs["data"]} if forced else {"data": inputs["data"]}
+    if forced:
+        told["forced"] = [*info.get("forced", []), {"when": timestamp(), "changes": list(forced)}]
+    if any(info.get(key) != value for key, value in told.items()):
+        write_json(run.path / "run.json", info | told)
+    if run.digests(files).items() - info.get("digests", {}).items():
+        run.record(files)
+
+
+def made_of(prepared: Prepared) -> Made:
+    """What a prepared run is made from, with its plan."""
+    info = prepared.run.info()
+    settings = prepared.recipe.model_dump(mode="json")
+    return Made(settings, info["base"], info["data"], asdict(prepared.plan))
 
 
 def plan_rows(recipe: Recipe, say: Say) -> PackFacts:
@@ -136,7 +184,15 @@ def keep_trained(recipe: Recipe, run: Run) -> None:
             "train": train.model_copy(update={"learning_rate": rate, "pack_tokens": packs}),
         }
     )
-    _refuse_changes(run, resolved, {"base": run.info()["base"], "data": {}})
+    info = run.info()
+    before_it, now = (recipe.model_dump(mode="json") for recipe in (before, resolved))
+    changed = differences(Made(before_it, info["base"], None), Made(now, info["base"], None))
+    changed += [
+        f"{key}: {before_it['train'][name]} → {now['train'][name]}"
+        for key in LENGTHS
+        if before_it["train"][name := key.partition(".")[2]] != now["train"][name]
+    ]
+    refuse(run, changed)
     if resolved != before:
         write_text(run.recipe_path, recipe_yaml(resolved))
         run.record([run.recipe_path])
@@ -209,15 +265,20 @@ def _write_run(
     for path, rows in kept.items():
         if rows:
             write_lines(path, (json.dumps(as_row(row), ensure_ascii=False) + "\n" for row in rows))
-    versions = {"myna": myna.__version__, "python": platform.python_version()}
-    versions |= {name: version(name) for name in LIBRARIES}
-    info = {"name": run.name, "created": timestamp(), **inputs}
+    versions = versions_here()
+    info = {"name": run.name, "id": uuid.uuid4().hex, "created": timestamp(), **inputs}
     machine = {"system": platform.system(), "processor": platform.machine(), "platform": sys.platform}
     digests = run.digests(
         [run.recipe_path, run.plan_path, run.tokenizer_dir, *(path for path, rows in kept.items() if rows)]
     )
     info |= {"versions": versions, "machine": machine, "stages": {}, "digests": digests}
     write_json(run.path / "run.json", info)
+
+
+def versions_here() -> dict[str, str]:
+    """Of Myna, Python and the libraries that a result may depend on."""
+    versions = {"myna": myna.__version__, "python": platform.python_version()}
+    return versions | {name: version(name) for name in LIBRARIES}
 
 
 def save_tokenizer(source: Path, folder: Path, tokenizer: ChatTokenizer) -> None:
@@ -232,43 +293,3 @@ def save_tokenizer(source: Path, folder: Path, tokenizer: ChatTokenizer) -> None
             if (source / name).is_file():
                 shutil.copyfile(source / name, temporary / name)
         (temporary / "chat_template.jinja").write_text(tokenizer.template_text, encoding="utf-8")
-
-
-def _refuse_changes(run: Run, recipe: Recipe, inputs: Mapping[str, Any]) -> None:
-    """RecipeError naming every setting or input that differs from what the run was made from."""
-    before = _flat(stored_recipe(run).model_dump(mode="json"))
-    now = _flat(recipe.model_dump(mode="json"))
-    changed = [
-        f"{key}: {before.get(key)} → {now.get(key)}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(FREE_SETTINGS)
-    ]
-    info = run.info()
-    recorded, base = info["base"], inputs["base"]
-    if recorded["sha256"] != base["sha256"]:
-        changed.append("the weights of the base model changed")
-    elif recorded.get("config_sha256", base.get("config_sha256")) != base.get("config_sha256"):
-        changed.append("config.json of the base model changed")
-    for name, file in inputs["data"].items():
-        known = info["data"].get(name, {})
-        if known.get("sha256") != file["sha256"]:
-            changed.append(f"the file data.{name} changed ({file['path']})")
-        elif known.get("rows", file["rows"]) != file["rows"]:
-            changed.append(f"data.{name} is read as {file['rows']} rows now, and was {known['rows']}")
-    if changed:
-        raise RecipeError(
-            "the run was made from something else:\n  " + "\n  ".join(changed),
-            where=str(run.path),
-            help="put it back to go on, or --set run.name=NAME to start another run",
-            code="changed",
-        )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and prefix.count(".") < 1:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

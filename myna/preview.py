@@ -19,7 +19,8 @@ from myna.data.sides import row_files
 from myna.errors import DataError, UsageError
 from myna.model.hub_rows import locate_data
 from myna.model.sources import context_of, resolve_base
-from myna.recipe import DEFAULT_MAX_LENGTH, DataSettings, Recipe
+from myna.recipe import Recipe
+from myna.settings import DEFAULT_MAX_LENGTH, DataSettings
 
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but tabs and line breaks
 TRAINED, MASKED = "bold green", "dim"

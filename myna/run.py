@@ -64,6 +64,11 @@ class Run:
         return self.path / "checkpoints"
 
     @property
+    def asked_path(self) -> Path:
+        """A file that asks for a checkpoint: `touch RUN/checkpoint-now`."""
+        return self.path / "checkpoint-now"
+
+    @property
     def adapter_dir(self) -> Path:
         return self.path / "adapter"
 
@@ -126,6 +131,16 @@ class Run:
         others = {n: d for n, d in info.get("digests", {}).items() if not n.startswith(within)}
         info["digests"] = others | self.digests(files)
         write_json(self.path / "run.json", info)
+
+    def forget_stages(self, files: Sequence[Path]) -> None:
+        """Drops all stages, and the digests of their files (or whole folders)."""
+        info = self.info()
+        names = tuple(path.relative_to(self.path).as_posix() for path in files)
+        within = tuple(f"{name}/" for name in names)
+        digests = {
+            n: d for n, d in info.get("digests", {}).items() if n not in names and not n.startswith(within)
+        }
+        write_json(self.path / "run.json", info | {"stages": {}, "digests": digests})
 
     def digests(self, files: Sequence[Path]) -> dict[str, str]:
         """SHA-256 of files, and of all files in folders, by their path in the run."""
@@ -218,19 +233,19 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Yields a folder beside `path` to fill; on success every file is synced and the folder takes the name.
+    """Yields a folder beside `path` to fill; on success everything in it is synced and the folder takes the name.
 
-    A folder that was there is replaced. On any failure nothing stands under the name that was not there before.
+    A folder that was there is replaced: it is .old-NAME until the new one has the name (`put_back` knows what to do with
+    one that a kill left). On any failure nothing stands under the name that was not there before. MachineError where it
+    cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{path.name}-", dir=path.parent))
-    temporary.chmod(0o755)
+    temporary: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{path.name}-", dir=path.parent))
+        temporary.chmod(0o755)
         yield temporary
-        for file in sorted(temporary.rglob("*")):
-            if file.is_file():
-                sync_file(file)
-        sync_dir(temporary)
+        sync_tree(temporary)
         old = path.with_name(f".old-{path.name}")
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
@@ -238,15 +253,33 @@ def new_directory(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         sync_dir(path.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise disk_error(error, path) from error
     except BaseException as error:
-        if type(error).__name__ == "SafetensorError":  # what safetensors makes of a full disk
+        put_back(path)
+        if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+        if type(error).__name__ == "SafetensorError":  # what safetensors makes of a full disk
             raise disk_error(OSError(str(error)), path) from error
-        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise disk_error(error, path) from error
         raise
+
+
+def put_back(path: Path) -> None:
+    """Gives a folder its name again that it lost to a new one which then never came."""
+    old = path.with_name(f".old-{path.name}")
+    if old.is_dir() and not path.exists():
+        with contextlib.suppress(OSError):
+            os.replace(old, path)
+
+
+def sync_tree(folder: Path) -> None:
+    """Syncs every file and folder below `folder`, and itself last."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_file():
+            sync_file(path)
+        elif path.is_dir():
+            sync_dir(path)
+    sync_dir(folder)
 
 
 def sync_file(path: Path) -> None:
@@ -298,44 +331,3 @@ def disk_error(error: OSError, path: Path) -> MachineError:
         where=str(path),
         help="look at the free room and the permissions of that folder, then run the same command again",
     )
-
-
-@contextlib.contextmanager
-def lock_run(run: Run) -> Iterator[None]:
-    """Holds the run for this process; UsageError where another one does. The lock dies with its process."""
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UsageError(
-            "is a file, or lies in one", where=str(run.path), help="--set run.name=NAME"
-        ) from None
-    except OSError as error:
-        raise disk_error(error, run.path) from error
-    with (run.path / ".lock").open("a+b") as file:
-        if not try_lock(file.fileno()):
-            raise UsageError(
-                "another process is working in this run",
-                where=str(run.path),
-                help="wait for it or stop it; a run.name of your own starts a second run",
-                code="locked",
-            )
-        yield
-
-
-def try_lock(descriptor: int) -> bool:
-    """Locks an open file for this process; False where another one has it. The lock dies with its process."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

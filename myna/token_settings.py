@@ -5,7 +5,8 @@ from __future__ import annotations
 from myna.data.token_checks import TokenSettings
 from myna.errors import MynaError
 from myna.model.sources import base_on_disk, context_of
-from myna.recipe import DEFAULT_MAX_LENGTH, DataSettings, Recipe
+from myna.recipe import Recipe
+from myna.settings import DEFAULT_MAX_LENGTH, DataSettings
 
 
 def token_settings(recipe: Recipe, data: DataSettings) -> TokenSettings | str:

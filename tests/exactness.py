@@ -30,7 +30,7 @@ from myna.engine.families import FAST
 from myna.engine.kernels import Kernels
 from myna.engine.step import KernelsName, Stepper, choose_kernels, make_stepper
 from myna.engine.threads import usable_cores
-from myna.recipe import AdapterSettings
+from myna.settings import AdapterSettings
 
 VOCABULARY = 400
 LENGTHS = (9, 3, 24, 1, 7, 25)

@@ -225,7 +225,7 @@ def test_an_adapter_that_was_moved_finds_its_packaged_base(packaged: PackagedBas
     """Its config names the unpacked folder; what it was trained on is known by the digest of the packaged file."""
     from myna.adapters.its_base import adapter_base
     from myna.adapters.methods import add_adapter
-    from myna.recipe import AdapterSettings
+    from myna.settings import AdapterSettings
 
     base = resolve_base("tiny")
     model = add_adapter(load_base(base.folder, "fp32"), AdapterSettings(), seed=0, base_name=str(base.folder))

@@ -17,7 +17,7 @@ from exactness import PATH_BOUND, Answer, adapted, distance, examples, require_s
 from tiny_lora import new_adapter, new_base
 
 import myna.engine.decoder
-import myna.train
+import myna.steps
 from myna.adapters.files import load_adapter
 from myna.adapters.methods import trainable_parameters
 from myna.data.packing import Batch, collate
@@ -295,13 +295,13 @@ def test_a_run_repeats_and_goes_on_to_the_bit(recipe: Recipe) -> None:
 
 def test_every_pack_of_a_run_has_a_draw_of_its_own(recipe: Recipe, monkeypatch: Patch) -> None:
     seen: list[Batch] = []
-    honest = myna.train.collate
+    honest = myna.steps.collate
 
     def watched(*arguments: Any, **settings: Any) -> Batch:
         seen.append(honest(*arguments, **settings))
         return seen[-1]
 
-    monkeypatch.setattr(myna.train, "collate", watched)
+    monkeypatch.setattr(myna.steps, "collate", watched)
     run = train_stage(recipe)
     num_packs = [line.count('"num_packs": 2') for line in run.metrics_path.read_text().splitlines()]
     assert any(num_packs), "no step has two packs"

@@ -17,7 +17,7 @@ from myna.engine.optim import default_learning_rate, lr_at
 from myna.engine.step import KernelsName, make_stepper, round_up
 from myna.engine.threads import usable_cores
 from myna.engine.torch_kernels import TorchKernels
-from myna.recipe import TrainSettings
+from myna.settings import TrainSettings
 
 LARGE_VOCABULARY = 128_256  # Llama 3's
 

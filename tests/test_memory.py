@@ -22,7 +22,7 @@ from myna.engine.memory import FreedMemory, memory_mb, peak_memory_mb, total_mem
 from myna.engine.optim import flatten_adapter
 from myna.engine.step import make_stepper
 from myna.model.load import load_base
-from myna.recipe import AdapterSettings, TrainSettings
+from myna.settings import AdapterSettings, TrainSettings
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,7 +38,7 @@ from myna.data.render import Example
 from myna.engine.memory import memory_mb, peak_memory_mb
 from myna.engine.optim import flatten_adapter
 from myna.engine.step import choose_kernels, make_stepper
-from myna.recipe import AdapterSettings, TrainSettings
+from myna.settings import AdapterSettings, TrainSettings
 
 kernels, layers, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)

@@ -19,8 +19,8 @@ from myna.pipeline import train_stage
 from myna.prepare import prepare
 from myna.recipe import Recipe, build_recipe, load_recipe, recipe_yaml
 from myna.show import Show
+from myna.steps import planned_steps
 from myna.stored import held_out, run_of, stored_recipe
-from myna.train import planned_steps
 from myna.verify import verify_run
 
 

@@ -21,7 +21,8 @@ from myna.data.shapes import Reading
 from myna.data.sources import digest_of, read_rows
 from myna.data.warned import TWO_SCRIPTS
 from myna.errors import DataError
-from myna.recipe import DataSettings, build_recipe
+from myna.recipe import build_recipe
+from myna.settings import DataSettings
 from myna.stored import run_of
 
 GOOD = {"prompt": "q", "completion": "a"}

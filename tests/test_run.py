@@ -9,17 +9,8 @@ from pathlib import Path
 import pytest
 
 from myna.errors import DataError, MachineError, UsageError
-from myna.run import (
-    Run,
-    find_run,
-    lock_run,
-    new_directory,
-    read_json,
-    require_room,
-    run_path,
-    write_json,
-    write_text,
-)
+from myna.lock import lock_run
+from myna.run import Run, find_run, new_directory, read_json, require_room, run_path, write_json, write_text
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -55,7 +46,8 @@ def test_a_file_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 
 HOLD = """
 import sys, pathlib
-from myna.run import Run, lock_run
+from myna.lock import lock_run
+from myna.run import Run
 with lock_run(Run(pathlib.Path(sys.argv[1]))):
     print("held", flush=True)
     sys.stdin.read()

@@ -17,8 +17,8 @@ from myna.data.render import load_chat_tokenizer, render_example
 from myna.data.review import Review, review_rows
 from myna.data.rows import read_conversations
 from myna.data.token_checks import TokenSettings
-from myna.recipe import DataSettings
 from myna.review_page import review_page
+from myna.settings import DataSettings
 
 
 def settings(base: Path, max_length: int = 64, **data: Any) -> TokenSettings:

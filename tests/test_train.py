@@ -154,9 +154,9 @@ def test_no_step_is_missing_from_the_metrics_after_a_kill_in_a_save(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process dies right after the checkpoint has its name, before anything else is done."""
-    import myna.train as training
+    import myna.saver
 
-    honest = training.save_checkpoint
+    honest = myna.saver.save_checkpoint
 
     def dies(*arguments: object) -> None:
         honest(*arguments)  # type: ignore[arg-type]
@@ -164,7 +164,7 @@ def test_no_step_is_missing_from_the_metrics_after_a_kill_in_a_save(
 
     run = run_of(recipe)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(training, "save_checkpoint", dies)
+        patch.setattr(myna.saver, "save_checkpoint", dies)
         list(train(prepare(recipe, run, print), print))
     train_stage(recipe, resume=True)
     assert [step for step, _ in _losses(run)] == list(range(1, 10))
@@ -272,7 +272,7 @@ def test_a_base_that_lacks_weights_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
-    from myna.train import catch_signals
+    from myna.signals import catch_signals
 
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -286,7 +286,7 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
 
 
 def test_a_refused_second_process_takes_no_lock_away(recipe: Recipe) -> None:
-    from myna.run import lock_run
+    from myna.lock import lock_run
 
     run = run_of(recipe)
     with lock_run(run):

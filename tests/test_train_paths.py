@@ -13,11 +13,12 @@ import pytest
 import tiny
 
 import myna.engine.step
-import myna.train
+import myna.ready
+from myna.checkpoint import MANIFEST, list_checkpoints
 from myna.engine.compiler import NotNative
 from myna.engine.memory import collector_at_rest
 from myna.engine.step import ROUND_TOKENS, best_kernels
-from myna.errors import Interrupted, MachineError
+from myna.errors import Interrupted, MachineError, RecipeError
 from myna.metrics import StepReport
 from myna.pipeline import train_stage
 from myna.plan import read_plan
@@ -146,7 +147,15 @@ def interrupted(recipe: Recipe) -> Run:
     return run
 
 
+def as_of_before(run: Run) -> None:
+    """The manifests of its checkpoints as they were when they did not say what they are of."""
+    for path in list_checkpoints(run.checkpoints_dir):
+        manifest = json.loads((path / MANIFEST).read_text())
+        write_json(path / MANIFEST, {key: manifest[key] for key in ("made", "files")})
+
+
 def planned_otherwise(run: Run, **changes: object) -> None:
+    as_of_before(run)
     write_json(run.plan_path, asdict(replace(read_plan(run.plan_path), **changes)))  # type: ignore[arg-type]
     run.record([run.plan_path])
 
@@ -164,7 +173,7 @@ def test_a_resume_obeys_the_plan(recipe: Recipe, monkeypatch: pytest.MonkeyPatch
         seen.update(settings)
         return honest(*arguments, **settings)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("myna.train.make_stepper", watched)
+    monkeypatch.setattr("myna.ready.make_stepper", watched)
     train_stage(recipe, resume=True)
     assert (seen["checkpoint_layers"], seen["round_tokens"], seen["head_tokens"]) == (2, 32, 7)
     assert getattr(seen["kernels"], "name", None) == "torch"
@@ -185,8 +194,20 @@ def test_planned_kernels_that_are_gone_end_a_resume(recipe: Recipe, monkeypatch:
     assert not run.adapter_dir.exists()
 
 
+def test_a_plan_that_was_changed_by_hand_is_refused_entry_by_entry(recipe: Recipe) -> None:
+    run = interrupted(recipe)
+    plan = read_plan(run.plan_path)
+    write_json(run.plan_path, asdict(replace(plan, threads=plan.threads + 1, pack_tokens=64)))
+    with pytest.raises(RecipeError) as caught:
+        train_stage(recipe, resume=True)
+    assert f"plan.json: threads: {plan.threads} → {plan.threads + 1}" in caught.value.message
+    assert "plan.json: pack_tokens: 1024 → 64" in caught.value.message and caught.value.exit_code == 2
+    train_stage(recipe, resume=True, force=True)
+
+
 def test_a_run_of_before_goes_on_with_torchs_kernels(recipe: Recipe) -> None:
     run = interrupted(recipe)
+    as_of_before(run)
     new = ("kernels", "kernels_reason", "quantize", "checkpoint_layers", "round_tokens", "head_tokens")
     plan = json.loads(run.plan_path.read_text())
     write_json(
@@ -216,13 +237,13 @@ def test_a_disk_without_room_for_the_inputs_is_refused_first(
 ) -> None:
     """4 rows of 48 tokens, two layers of width 64 in float32: 98 kB, asked for before a step."""
     asked: list[tuple[int, str]] = []
-    honest = myna.train.require_room
+    honest = myna.ready.require_room
 
     def watched(path: Path, num_bytes: int, what: str) -> None:
         asked.append((num_bytes, what))
         honest(path, 10**18 if "inputs" in what else num_bytes, what)
 
-    monkeypatch.setattr(myna.train, "require_room", watched)
+    monkeypatch.setattr(myna.ready, "require_room", watched)
     settings = {"gradient_checkpointing": "all", "checkpoint_to": "disk"}
     full = with_settings(recipe, "full", train=settings)
     with pytest.raises(

@@ -10,7 +10,9 @@ import tiny
 import torch
 from exactness import example
 
-import myna.train
+import myna.pipeline
+import myna.ready
+import myna.steps
 from myna.data.packing import Batch, collate
 from myna.engine.step import FastStepper, ReferenceStepper
 from myna.errors import Interrupted, MachineError
@@ -40,13 +42,13 @@ def a_recipe(folder: Path, base: Path, name: str, **blocks: dict[str, Any]) -> R
 def tried(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The packs that are tried, each as its rows' lengths."""
     seen: list[list[int]] = []
-    whole = myna.train.try_pack
+    whole = myna.ready.try_pack
 
     def noted(batch: Any, *others: Any) -> None:
         seen.append(list(batch.lengths))
         whole(batch, *others)
 
-    monkeypatch.setattr(myna.train, "try_pack", noted)
+    monkeypatch.setattr(myna.ready, "try_pack", noted)
     return seen
 
 
@@ -69,7 +71,7 @@ def test_a_run_is_the_same_bytes_with_and_without_it(
     _, said, found = trained(a_recipe(tmp_path, tiny_base, "with", **WAYS[way]))
     assert len(tried) == 1
     assert any("the longest pack fits" in line and "were estimated" in line for line in said)
-    monkeypatch.setattr(myna.train, "FEWEST_STEPS", 1000)
+    monkeypatch.setattr(myna.ready, "FEWEST_STEPS", 1000)
     _, said, without = trained(a_recipe(tmp_path, tiny_base, "without", **WAYS[way]))
     assert len(tried) == 1 and not any("longest pack" in line for line in said)
     assert found == without
@@ -85,7 +87,7 @@ def test_a_short_run_tries_nothing_and_a_resumed_one_what_is_to_come(
     recipe = a_recipe(tmp_path, tiny_base, "stopped")
     numbers = iter([None] * 3 + [2] * 100)
     with monkeypatch.context() as patch:
-        stopping = myna.train.catch_signals
+        stopping = myna.pipeline.catch_signals
 
         class Stopping:
             def __enter__(self) -> Any:
@@ -96,11 +98,11 @@ def test_a_short_run_tries_nothing_and_a_resumed_one_what_is_to_come(
             def __exit__(self, *found: Any) -> None:
                 self.inner.__exit__(*found)
 
-        patch.setattr(myna.train, "catch_signals", Stopping)
+        patch.setattr(myna.pipeline, "catch_signals", Stopping)
         with pytest.raises(Interrupted):
             train_stage(recipe)
     of_all: list[list[int]] = []
-    largest = myna.train.largest_pack
+    largest = myna.steps.largest_pack
 
     def noted(packs: Any, lay: Any, **settings: Any) -> Batch:
         packs = list(packs)
@@ -109,7 +111,7 @@ def test_a_short_run_tries_nothing_and_a_resumed_one_what_is_to_come(
         assert len(found.input_ids_T) == max(len(lay(*numbered).input_ids_T) for numbered in packs)
         return found
 
-    monkeypatch.setattr(myna.train, "largest_pack", noted)
+    monkeypatch.setattr(myna.steps, "largest_pack", noted)
     trained(recipe, resume=True)
     assert len(tried) == 2 and min(of_all[0]) == 5, "the packs of the steps to come"
 
@@ -175,7 +177,7 @@ def test_memory_that_ends_while_the_run_is_set_up_is_the_same_error(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(myna.train, "make_stepper", raises(RuntimeError("can't allocate memory")))
+    monkeypatch.setattr(myna.ready, "make_stepper", raises(RuntimeError("can't allocate memory")))
     with pytest.raises(MachineError, match="does not fit into memory") as caught:
         train_stage(a_recipe(tmp_path, tiny_base, "large"))
     assert caught.value.code == "memory"

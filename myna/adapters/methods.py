@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from myna.errors import RecipeError
-from myna.recipe import AdapterSettings
+from myna.settings import AdapterSettings
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from myna.data.sources import digest_of, is_there, title_of
 from myna.data.spool import Changed, Spool
 from myna.data.stream import stream_rows
 from myna.errors import DataError
-from myna.recipe import DataSettings
+from myna.settings import DataSettings
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from myna.data.rows import LoadedRows, load_rows
 from myna.data.split import drop_asked, drop_overlap, num_asked_earlier, split_rows
 from myna.data.spool import chosen, with_system
 from myna.errors import DataError
-from myna.recipe import DataSettings, MixedRows, Recipe, is_path
+from myna.recipe import Recipe, is_path
+from myna.settings import DataSettings, MixedRows
 
 Say = Callable[[str], None]
 # What run.json has of runs whose sides are kept apart after the system text is there, and not before.

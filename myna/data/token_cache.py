@@ -28,7 +28,8 @@ from myna.data.conversation import Conversation
 from myna.data.render import ChatTokenizer
 from myna.data.render_many import render_many
 from myna.data.token_rows import DONE, TokenRows, TokenWriter, key_of, read_tokens
-from myna.run import tree_bytes, try_lock
+from myna.lock import try_lock
+from myna.run import tree_bytes
 
 CACHED_FROM = 4_000_000  # bytes of conversations; fewer are rendered in some seconds
 MOST_KEPT = 20_000_000_000  # bytes of the cache; what was used longest ago goes first

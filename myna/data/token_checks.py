@@ -17,7 +17,7 @@ from myna.data.frames import Frames
 from myna.data.render import ChatTokenizer, load_chat_tokenizer
 from myna.data.render_many import AT_ONCE, Rendered, render_many
 from myna.errors import DataError, ModelError
-from myna.recipe import DataSettings
+from myna.settings import DataSettings
 
 ALLOWED_CUT = 0.01  # the part of the rows that may be cut without being asked for
 FIRST_BAR = 32  # tokens; each bar reaches twice as far as the one before

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from myna.recipe import TrainSettings
+from myna.settings import TrainSettings
 
 # Peak learning rate where the recipe names none: tried on SmolLM2-135M (width 576), 1e-3 for LoRA; the power takes it
 # to the field's usual 2e-4 at width 4096. Larger models have not been tried here.

@@ -6,14 +6,13 @@ holds nothing above 65,504 and nothing below 6e-8: a gradient that overflows hal
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
 from myna.data.packing import Batch
 from myna.engine.step import Stepper
+from myna.state import State
 
 FIRST_SCALE = 2.0**16
 LEAST_SCALE = 1.0  # a gradient that is too large unscaled is no matter of scaling
@@ -39,16 +38,30 @@ class LossScale:
             return LossScale(self.scale, self.good_steps + 1)
         return LossScale(self.scale * 2)
 
-    def facts(self) -> dict[str, float]:
-        """What a checkpoint keeps of it."""
-        return asdict(self)
+
+def loss_scale_of(dtype: str) -> LossScale | None:
+    """Of a run in this number format at its beginning; None where nothing is to be scaled."""
+    return LossScale(FIRST_SCALE) if dtype == "fp16" else None
 
 
-def loss_scale_of(dtype: str, facts: Mapping[str, Any] | None = None) -> LossScale | None:
-    """Of a run in this number format, as a checkpoint has it or at its beginning; None where nothing is to be scaled."""
-    if dtype != "fp16":
-        return None
-    return LossScale(FIRST_SCALE) if facts is None else LossScale(**facts["loss_scale"])
+@dataclass
+class Scaling:
+    """The loss scale as it goes from step to step, and as checkpoints keep it."""
+
+    now: LossScale | None
+
+    def note_step(self, *, finite: bool) -> None:
+        if self.now is not None:
+            self.now = self.now.after(finite=finite)
+
+    def give_state(self) -> State:
+        return State(facts={} if self.now is None else asdict(self.now))
+
+    def take_state(self, state: State) -> None:
+        """ValueError where one of the two is scaled and the other is not."""
+        if (self.now is None) != (not state.facts):
+            raise ValueError(f"the loss scale is {self.now} here and {dict(state.facts)} there")
+        self.now = LossScale(**state.facts) if state.facts else None
 
 
 def mean_loss(

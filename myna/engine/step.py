@@ -27,7 +27,7 @@ from myna.engine.native import load_native
 from myna.engine.products import PlainProducts, WideProducts
 from myna.engine.threads import usable_cores
 from myna.engine.torch_kernels import TorchKernels
-from myna.recipe import AdapterSettings
+from myna.settings import AdapterSettings
 
 PathName = Literal["fast", "reference"]
 KernelsName = Literal["native", "torch", "flex"]

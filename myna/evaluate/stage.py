@@ -19,9 +19,10 @@ from myna.errors import RecipeError
 from myna.evaluate.answers import answer_rows, answer_tokens, result_of
 from myna.evaluate.report import write_report
 from myna.export.card import model_card
+from myna.lock import lock_run
 from myna.model.sources import known_sha256
 from myna.recipe import Recipe
-from myna.run import Run, file_sha256, lock_run, read_json, run_files, write_json, write_text
+from myna.run import Run, file_sha256, read_json, run_files, write_json, write_text
 from myna.show import Show
 from myna.stored import held_out, is_whole, require_model, require_unchanged, run_base, stored_recipe
 

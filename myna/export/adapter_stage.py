@@ -15,8 +15,9 @@ from myna.errors import CheckFailed, UsageError
 from myna.export.parity import BOUNDS, FileParity, compare_file
 from myna.export.prove import Origin, Questions, unproven
 from myna.export.stage import file_context, run_questions, update_parity
+from myna.lock import lock_run
 from myna.model.load import read_config
-from myna.run import Run, lock_run
+from myna.run import Run
 from myna.show import Show
 from myna.stored import is_whole, require_unchanged, run_base, stored_recipe
 

@@ -19,8 +19,9 @@ from myna.export.gates import Gate
 from myna.export.prove import FileProof, Origin, Questions, prove_files, questions, unproven
 from myna.export.quantize import QUANT_TYPES, quant_type
 from myna.export.weighed import Weighed, weigh
+from myna.lock import lock_run
 from myna.recipe import Recipe
-from myna.run import Run, lock_run, read_json, write_json, write_text
+from myna.run import Run, read_json, write_json, write_text
 from myna.show import Show
 from myna.stored import (
     held_out,

@@ -23,8 +23,8 @@ from myna.errors import DataError, MachineError, ModelError, MynaError, UsageErr
 from myna.model.hub import PREFIX, Say, _network_errors, _quiet, _refusal
 from myna.model.hub_splits import HubSpec, configs_by_name, is_read, parse_rows, split_of, told_configs
 from myna.model.sources import cache_dir
-from myna.recipe import DataSettings
 from myna.run import file_sha256, new_directory, require_room, write_text
+from myna.settings import DataSettings
 
 CONVERTED = "refs/convert/parquet"  # where the hub keeps what it made of other files
 

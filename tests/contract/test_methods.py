@@ -12,7 +12,7 @@ import torch
 from myna.adapters.files import load_adapter, save_adapter
 from myna.adapters.methods import METHODS, add_adapter, trainable_parameters
 from myna.model.load import load_base
-from myna.recipe import AdapterSettings
+from myna.settings import AdapterSettings
 
 
 def test_the_recipe_names_every_method() -> None:

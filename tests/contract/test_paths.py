@@ -24,7 +24,7 @@ from myna.adapters.methods import METHODS
 from myna.data.packing import collate
 from myna.data.render import IGNORE, Example
 from myna.engine.step import KernelsName, choose_path, make_stepper
-from myna.recipe import AdapterSettings
+from myna.settings import AdapterSettings
 
 # every family by the first method, a few by the others: a method changes a factor, and that once for all families
 FAST_METHODS = [name for name, method in METHODS.items() if method.fast]

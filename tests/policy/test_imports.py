@@ -10,15 +10,20 @@ DIRECTION = (
     "interval",
     "data.conversation",
     "recipe_faults",
+    "settings",
     "recipe",
     "run",
+    "lock",
     "show",
     "data",
     "model",
     "first_recipe",
     "adapters",
+    "state",
     "engine",
     "checkpoint",
+    "mirror",
+    "changes",
     "plan",
     "pack_facts",
     "stored",
@@ -28,8 +33,13 @@ DIRECTION = (
     "adopt",
     "preview",
     "metrics",
+    "signals",
     "trial",
     "validation",
+    "steps",
+    "saver",
+    "take_step",
+    "ready",
     "train",
     "backends",
     "export",
@@ -57,7 +67,7 @@ DIRECTION = (
     "show_command",
     "cli",
 )
-FREE_OF_TORCH = ("errors", "interval", "data", "recipe", "recipe_faults", "run", "show")
+FREE_OF_TORCH = ("errors", "interval", "data", "settings", "recipe", "recipe_faults", "run", "lock", "show")
 
 
 def station(name: str) -> str | None:

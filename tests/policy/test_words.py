@@ -33,7 +33,7 @@ ALLOWED = {
     ("cli", "*"): "it is the command line",
     ("terminal", "print"): "the one JSON object of a command",
     ("backends.llama_child", "*"): "it is the entry of a child process",
-    ("train", "os._exit"): "a second signal leaves at once",
+    ("signals", "os._exit"): "a second signal leaves at once",
 }
 
 
