@@ -37,7 +37,7 @@ class Saver:
     made_from: Mapping[str, Any]
     mirror: Mirror | None
     say: Say
-    _saved_at: float = field(default_factory=time.monotonic)
+    _saved_at: float = field(default_factory=lambda: time.monotonic())
     _failures: int = 0
 
     def is_due(self, step: int, signal_number: int | None) -> bool:

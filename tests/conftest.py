@@ -22,8 +22,10 @@ Command = Callable[..., "Done"]
 
 
 def pytest_configure() -> None:
-    """A shell's background jobs start with Ctrl-C ignored; some tests press it."""
+    """A shell's background jobs start with Ctrl-C ignored, those of nohup with a hang-up; some tests send both."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
