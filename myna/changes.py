@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from myna.checkpoint import list_checkpoints, step_of
 from myna.errors import RecipeError
-from myna.run import Run
+from myna.run import Run, timestamp, write_json
 
 # Settings that a resumed run may change: they do not touch what is trained.
 FREE_SETTINGS = (
@@ -121,6 +122,19 @@ def refuse(run: Run, changed: Sequence[str], what: str = "the run") -> None:
             help="put it back to go on, or --set run.name=NAME to start another run; --force goes on all the same",
             code="changed",
         )
+
+
+def note_forced(run: Run, changes: Sequence[str]) -> None:
+    """Writes down that a run went on all the same, and that its checkpoints up to now are of something else."""
+    step = max(map(step_of, list_checkpoints(run.checkpoints_dir)), default=0)
+    info = run.info()
+    entry = {"when": timestamp(), "after_step": step, "changes": list(changes)}
+    write_json(run.path / "run.json", info | {"forced": [*info.get("forced", []), entry]})
+
+
+def is_accepted(run: Run, step: int) -> bool:
+    """Whether somebody took the responsibility for going on from a checkpoint of something else."""
+    return any(entry["after_step"] >= step for entry in run.info().get("forced", []))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from myna.errors import UsageError
+from myna.errors import MachineError, UsageError
 from myna.run import Run, disk_error
 
 
@@ -22,7 +22,11 @@ def lock_run(run: Run) -> Iterator[None]:
     except OSError as error:
         raise disk_error(error, run.path) from error
     with (run.path / ".lock").open("a+b") as file:
-        if not try_lock(file.fileno()):
+        try:
+            locked = try_lock(file.fileno())
+        except MachineError as error:
+            raise MachineError(error.message, where=str(run.path), help=error.help) from error
+        if not locked:
             raise UsageError(
                 "another process is working in this run",
                 where=str(run.path),
@@ -33,7 +37,10 @@ def lock_run(run: Run) -> Iterator[None]:
 
 
 def try_lock(descriptor: int) -> bool:
-    """Locks an open file for this process; False where another one has it. The lock dies with its process."""
+    """Locks an open file for this process; False where another one has it. The lock dies with its process.
+
+    MachineError where the file system has no locks.
+    """
     if sys.platform == "win32":
         import msvcrt
 
@@ -48,4 +55,9 @@ def try_lock(descriptor: int) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:  # some network drives
+        raise MachineError(
+            f"cannot be locked here, so that two processes could not tell each other: {error.strerror}",
+            help="keep runs on a disk of this machine; checkpoint.mirror copies their checkpoints to the drive",
+        ) from error
     return True

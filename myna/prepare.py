@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import myna
-from myna.changes import LENGTHS, Made, differences, made_from_json, refuse
+from myna.changes import LENGTHS, Made, differences, made_from_json, note_forced, refuse
 from myna.data.conversation import Conversation
 from myna.data.epochs import Part
 from myna.data.quarantine import quarantine_lines
@@ -136,10 +136,10 @@ def _keep_up(
         write_json(run.plan_path, asdict(plan))
     files = [run.recipe_path, run.plan_path]
     told = {"base": inputs["base"], "data": inputs["data"]} if forced else {"data": inputs["data"]}
-    if forced:
-        told["forced"] = [*info.get("forced", []), {"when": timestamp(), "changes": list(forced)}]
     if any(info.get(key) != value for key, value in told.items()):
         write_json(run.path / "run.json", info | told)
+    if forced:
+        note_forced(run, forced)
     if run.digests(files).items() - info.get("digests", {}).items():
         run.record(files)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from myna.adapters.methods import add_adapter, trainable_parameters
-from myna.changes import differences, made_from_json, refuse
+from myna.changes import differences, is_accepted, made_from_json, note_forced, refuse
 from myna.checkpoint import find_newest, list_checkpoints, read_manifest, read_snapshot, step_of, tidy
 from myna.data.epochs import lengths_at_most
 from myna.data.token_rows import lengths_of
@@ -122,9 +122,12 @@ def _compare(checkpoint: Path, prepared: Prepared, say: Say, *, force: bool) -> 
     if "plan" not in manifest:  # one of before, which did not say
         return
     changed = differences(made_from_json(manifest), made_of(prepared))
-    after = max((entry.get("after_step") or 0 for entry in prepared.run.info().get("forced", [])), default=-1)
-    if not force and step_of(checkpoint) > after:
-        refuse(prepared.run, changed, f"{checkpoint.name} of the run")
+    if changed and not is_accepted(prepared.run, step_of(checkpoint)):
+        if not force:
+            refuse(prepared.run, changed, f"{checkpoint.name} of the run")
+        note_forced(prepared.run, changed)
+        for sentence in changed:
+            say(f"forced: {sentence}")
     here: Mapping[str, str] = versions_here()
     others = [
         f"{name} {there}, here {here.get(name)}"

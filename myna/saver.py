@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from myna.checkpoint import list_checkpoints, num_bytes_of, prune, save_checkpoint
@@ -37,8 +37,9 @@ class Saver:
     made_from: Mapping[str, Any]
     mirror: Mirror | None
     say: Say
-    _saved_at: float = field(default_factory=lambda: time.monotonic())
-    _failures: int = 0
+
+    def __post_init__(self) -> None:
+        self._saved_at, self._failures = time.monotonic(), 0
 
     def is_due(self, step: int, signal_number: int | None) -> bool:
         """By steps, by minutes, at the end, where a signal or a file RUN/checkpoint-now asks for it."""

@@ -164,7 +164,7 @@ def print_findings(console: Console, story: Sequence[tuple[str, str]], findings:
     """`verify`: the story, then what was looked at, part by part; digests that hold are counted, not listed."""
     for what, how in story:
         console.print(f"{what:<9}{_plain(how)}", highlight=False)
-    colours = {"pass": "green", "fail": "red", "gone": "yellow", "refused": "yellow"}
+    colours = {"pass": "green", "fail": "red", "gone": "yellow", "refused": "yellow", "aside": "yellow"}
     for part in dict.fromkeys(finding.part for finding in findings):
         of_part = [finding for finding in findings if finding.part == part]
         console.print(f"\n[bold]{part}[/bold]")

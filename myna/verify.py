@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from myna.checkpoint import list_checkpoints, verify_checkpoint
+from myna.changes import Made, differences, is_accepted, made_from_json
+from myna.checkpoint import leftovers, list_checkpoints, read_manifest, step_of, verify_checkpoint
 from myna.data.sources import digest_of, is_there
-from myna.errors import MynaError
+from myna.errors import CheckpointError, MynaError
 from myna.model.hub_rows import rows_on_disk
 from myna.model.sources import base_on_disk
+from myna.plan import read_plan
 from myna.run import Run, file_sha256, folder_files, read_json, run_files
 from myna.stored import is_recorded_whole, pinned_base, recorded_digests, stored_recipe
 
-Verdict = Literal["pass", "fail", "gone", "refused"]
+Verdict = Literal["pass", "fail", "gone", "refused", "aside"]
 # Parts of a run that it can be made again without, or that are only larger copies of others.
 MAY_GO = ("merged/", "gguf/", "checkpoints/")
 
@@ -118,9 +120,32 @@ def _recorded(run: Run) -> Iterator[Finding]:
 
 
 def _checkpoints(run: Run) -> Iterator[Finding]:
+    """Whether each is whole and of this run. What was set aside or left by a kill is listed, and no failure."""
     for path in list_checkpoints(run.checkpoints_dir):
-        fault = verify_checkpoint(path)
+        try:
+            fault = verify_checkpoint(path) or _of_something_else(run, path)
+        except CheckpointError as error:
+            fault = error.message
         yield Finding("checkpoints", path.name, "fail" if fault else "pass", fault or "whole")
+    for path in leftovers(run.checkpoints_dir):
+        damaged = path.suffix == ".damaged"
+        detail = (
+            "damaged, set aside by a resume" if damaged else "left by a kill; the next --resume removes it"
+        )
+        yield Finding("checkpoints", path.name, "aside", detail)
+
+
+def _of_something_else(run: Run, checkpoint: Path) -> str | None:
+    manifest = read_manifest(checkpoint)
+    if "plan" not in manifest or is_accepted(run, step_of(checkpoint)):
+        return None
+    try:
+        info, plan = run.info(), asdict(read_plan(run.plan_path))
+        here = Made(stored_recipe(run).model_dump(mode="json"), info["base"], info["data"], plan)
+    except SPOILED:  # the part that looks at these files tells it
+        return None
+    changed = differences(made_from_json(manifest), here)
+    return f"was made from something else: {'; '.join(changed)}" if changed else None
 
 
 def _files(run: Run) -> Iterator[Finding]:

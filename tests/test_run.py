@@ -105,3 +105,19 @@ def test_a_broken_json_file_is_named(tmp_path: Path, text: str) -> None:
     with pytest.raises(DataError) as caught:
         read_json(tmp_path / "a.json")
     assert caught.value.where == str(tmp_path / "a.json")
+
+
+def test_a_drive_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+    import fcntl
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with (
+        pytest.raises(MachineError, match="cannot be locked here") as caught,
+        lock_run(Run(tmp_path / "run")),
+    ):
+        pass
+    assert caught.value.exit_code == 4 and "checkpoint.mirror" in (caught.value.help or "")

@@ -91,6 +91,38 @@ def test_a_changed_export_and_checkpoint_are_named(run: Run) -> None:
     assert by_name(verify_run(run), "fail") == {"Q8_0", "step-000003"}
 
 
+def test_what_was_set_aside_or_left_is_listed_and_no_failure(run: Run, myna: Command) -> None:
+    folder = run.checkpoints_dir
+    shutil.copytree(folder / "step-000003", folder / "step-000002.damaged")
+    (folder / ".tmp-step-000004-abc").mkdir()
+    found = verify_run(run)
+    assert by_name(found, "aside") == {"step-000002.damaged", ".tmp-step-000004-abc"}
+    assert by_name(found, "fail") == set()
+    done = myna("verify", str(run.path.absolute()))
+    assert done.returncode == 0 and "aside" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "name", ["MANIFEST.json", "state.json", "adapter.safetensors", "optimizer.safetensors"]
+)
+def test_every_file_of_a_checkpoint_is_looked_at(run: Run, name: str) -> None:
+    path = run.checkpoints_dir / "step-000003" / name
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    (finding,) = [f for f in verify_run(run) if f.verdict == "fail"]
+    assert finding.name == "step-000003" and name in finding.detail
+
+
+def test_a_checkpoint_of_something_else_is_named(run: Run) -> None:
+    """Whole, but of another plan than the run's."""
+    plan = read_json(run.plan_path)
+    write_json(run.plan_path, plan | {"threads": plan["threads"] + 1})
+    run.record([run.plan_path])
+    (finding,) = [f for f in verify_run(run) if f.verdict == "fail"]
+    assert finding.name == "step-000003" and "plan.json: threads" in finding.detail
+
+
 def delete_merged(run: Run) -> None:
     shutil.rmtree(run.merged_dir)
 
@@ -141,7 +173,7 @@ def test_another_base_and_other_rows_are_told(run: Run) -> None:
     info["data"]["train"]["sha256"] = "1" * 64
     write_json(run.path / "run.json", info)
     failed = {f.name.split()[0]: f.detail for f in verify_run(run) if f.verdict == "fail"}
-    assert failed.keys() == {"base", "data.train"}
+    assert failed.keys() == {"base", "data.train", "step-000003"}
     assert "not those the run was trained on" in failed["base"]
 
 
