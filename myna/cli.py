@@ -215,8 +215,12 @@ def _run_recipe(
     print_outcome(new_console(), result, examples)
 
 
+class _Stopped(BaseException):
+    """HUP or TERM, on its way out as Ctrl-C is: no `except Exception` on the way takes it for a failure of its own."""
+
+
 def _terminate(number: int, _: FrameType | None) -> None:
-    raise Interrupted("stopped", signal_number=number, help=_goes_on(sys.argv[1:]))
+    raise _Stopped(number)
 
 
 def _goes_on(arguments: Sequence[str]) -> str:
@@ -246,6 +250,9 @@ def exit_code(arguments: list[str]) -> int:
             raise KeyboardInterrupt
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
+    except _Stopped as stopped:
+        _tell(Interrupted("stopped", signal_number=stopped.args[0], help=_goes_on(arguments)), as_json)
+        return 128 + int(stopped.args[0])
     except Interrupted as error:
         _tell(error, as_json)
         return 128 + error.signal_number

@@ -72,6 +72,7 @@ def make_ready(prepared: Prepared, say: Say, *, force: bool = False) -> Ready:
     peak = _product_peak(plan)
     with room_required(plan):
         model, stepper, adapter = _load(prepared)
+    RandomState.seed(recipe.train.seed)
     position, progress, scaling = Position(), Progress(), Scaling(loss_scale_of(plan.dtype))
     owners: Owners = {
         "adapter": AdapterState(adapter.parameters),

@@ -145,6 +145,12 @@ class RandomState:
     Training itself draws from torch's alone; what a base's own code draws from is not known.
     """
 
+    @staticmethod
+    def seed(number: int) -> None:
+        """The beginning of Python's and numpy's; torch's is seeded with the adapter."""
+        random.seed(number)
+        np.random.seed(number % 2**32)
+
     def give_state(self) -> State:
         _, python, gauss = random.getstate()
         _, numpy, position, has_gauss, cached = np.random.get_state(legacy=True)
