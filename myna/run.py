@@ -318,10 +318,14 @@ def require_room(path: Path, num_bytes: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise MachineError(
-            f"no room for {what}: it takes {num_bytes / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free",
+            f"no room for {what}: it takes {_shown(num_bytes)} and {_shown(free)} are free",
             where=str(folder),
             help="free some room there, or run in a folder on another disk",
         )
+
+
+def _shown(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.0f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:,.0f} KB"
 
 
 def disk_error(error: OSError, path: Path) -> MachineError:
