@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from myna.data import json_rows
@@ -52,10 +52,36 @@ def written(value: Any, colon: str) -> str:
 def test_what_is_read_at_once_is_what_the_slow_way_reads(pairs: Pairs, colon: str) -> None:
     text = written(_Object(pairs), colon)
     slow, twice = json_rows._decode(text)
-    quick = json_rows._read_at_once(text.encode())
+    quick = json_rows._read_line(text.encode())
     if quick is not None:
         assert not twice
         assert repr(quick) == repr(slow)
+
+
+# what stands between two objects of a file, or in the place of one
+BETWEEN = st.sampled_from(
+    ["\n", "\n", "\n", "\r\n", "\r", "", " ", "\n\n", " \n", "\n ", "\n{}\n", "\nnull\n", "\n[{}\n{}]\n"]
+)
+
+
+@given(st.lists(st.tuples(st.lists(st.tuples(TEXTS, VALUES), max_size=3), SPACES, BETWEEN), max_size=6))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example([([("a", 1)], ":", ""), ([("a", 2)], ":", "\n"), ([("a", _Object([("a", 1)]))], "\n:", "\n")])
+@example([([("a", 1), ("a", 2)], "\r:", "\n"), ([("a", 1)], ":", "\n")])
+def test_many_lines_at_once_are_what_single_ones_are(
+    tmp_path: Path, rows: list[tuple[Pairs, str, str]]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    text = "".join(written(_Object(pairs), colon) + end for pairs, colon, end in rows)
+    path.write_bytes(b'{"a":0}\n' + text.encode())  # the first line says that it is no document
+    with pytest.MonkeyPatch.context() as patched:
+        at_once = [told(one) for one in scan_rows(path)]
+        patched.setattr(json_rows, "_read_block", lambda block: None)
+        assert [told(one) for one in scan_rows(path)] == at_once
+
+
+def told(one: Row | DataError) -> str:
+    return repr(one) if isinstance(one, Row) else str(one)
 
 
 def test_ordinary_rows_take_the_quick_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,6 +93,7 @@ def test_ordinary_rows_take_the_quick_way(tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     monkeypatch.setattr(json_rows, "_row_of_line", None)
+    monkeypatch.setattr(json_rows, "_read_line", None)
     assert [row.values for row in scan_rows(path) if isinstance(row, Row)] == rows
 
 

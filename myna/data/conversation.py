@@ -111,7 +111,7 @@ class Conversation(Struct, frozen=True):
 
     def asked(self) -> tuple[Message, ...]:
         """What rows are told apart by where one prompt must not stand on two sides: the prompt, of plain text all of it."""
-        return self.messages if self.is_text else self.messages[:-1]
+        return self.messages[:-1] if len(self.messages) > 1 or not self.is_text else self.messages
 
     def asked_of(self) -> Conversation:
         """The same as a conversation."""

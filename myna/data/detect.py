@@ -57,6 +57,7 @@ class Group:
             keys = keys_of(self.first, shape, columns)
             if shape.fits is not always and has_required(self.first, shape, keys):
                 self._asked.append((shape.name, shape.fits, keys))
+                self.fitting[shape.name] = 0
             for name in LISTS_OF_TURNS:
                 if name in keys:
                     self._listed[keys[name]] = self.turn_keys.setdefault(keys[name], {})
@@ -65,7 +66,8 @@ class Group:
         """Counts a row that has these keys."""
         self.count += 1
         for name, fits, keys in self._asked:
-            self.fitting[name] = self.fitting.get(name, 0) + fits(row, keys)
+            if fits(row, keys):
+                self.fitting[name] += 1
         for key, unread in self._listed.items():
             for turn in _turns_in(row.values[key]):
                 if not turn.keys() <= KNOWN_IN_TURNS and len(unread) < MOST_GROUPS:

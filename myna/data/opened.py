@@ -74,6 +74,12 @@ def packing_of(head: bytes) -> Packing | None:
     return next((packing for magic, packing in PACKINGS.items() if head.startswith(magic)), None)
 
 
+def is_packed(path: Path) -> bool:
+    """Whether `open_bytes` unpacks the file."""
+    with path.open("rb") as file:
+        return packing_of(file.read(16)) is not None
+
+
 def is_utf16(head: bytes) -> bool:
     """Whether text with these first bytes is UTF-16, by its byte order mark."""
     return head.startswith(UTF16) and not head.startswith(UTF32)

@@ -6,9 +6,9 @@ ten million rows two that differ are taken for alike with a chance of 1 in 400,0
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import Any
 
 from myna.data.check import SHOWN_PLACES
@@ -32,11 +32,13 @@ class Digests:
         return len(self._prompts)
 
     def add(self, conversation: Conversation) -> None:
-        messages = conversation.messages
-        prompt = hashlib.blake2b(written(conversation.asked(), conversation.tools), digest_size=8).digest()
-        whole = hashlib.blake2b(written(messages[-1:]), digest_size=8, salt=prompt).digest()
-        self._prompts.append(int.from_bytes(prompt, "little"))
-        self._wholes.append(int.from_bytes(whole, "little"))
+        hashed = blake2b(written(conversation.asked(), conversation.tools), digest_size=8)
+        prompt = hashed.digest()
+        hashed.update(
+            prompt + written(conversation.messages[-1:])
+        )  # the prompt parts what is asked from the answer
+        self._prompts.frombytes(prompt)
+        self._wholes.frombytes(hashed.digest())
         self._places.append(self._packed(conversation.place))
 
     def place(self, index: int) -> Place | None:
@@ -128,6 +130,6 @@ def _first_of(digests: Any, later: Any) -> Alike:
 
 def written(messages: Sequence[Message], tools: Sequence[str] = ()) -> bytes:
     """The turns with their roles and the tools, as digests of them are taken of; ids of calls say nothing."""
-    told = [f"{message.role}\x1f{message.text}" for message in messages]
+    told = [f"{one.role}\x1f{one.text if one.calls else one.content}" for one in messages]
     text = "\x1e".join([*told, *tools] if tools else told)
     return text.encode(errors="surrogatepass")

@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 
 OF_TRAINING = ("D040", "D042")
 LONGEST = 2**32 - 1  # characters that are held of a length
+LATIN = re.compile(r"[A-Za-zÀ-ɏ]")
+ONLY_LATIN = ("Latin",)
+NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 SCRIPTS: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("Latin", re.compile(r"[A-Za-zÀ-ɏ]")),
+    ("Latin", LATIN),
     ("Greek", re.compile(r"[\u0370-\u03ff]")),
     ("Cyrillic", re.compile(r"[\u0400-\u052f]")),
     ("Hebrew", re.compile(r"[\u0590-\u05ff]")),
@@ -194,20 +197,20 @@ class _Checks:
 
     def take(self, conversation: Conversation) -> None:
         messages = conversation.messages
-        texts = [message.text for message in messages]
-        text = "\n".join(texts)
-        length = len(text) - len(texts) + 1
+        text = "\n".join([one.text if one.calls else one.content for one in messages])
+        length = len(text) - len(messages) + 1
         self._lengths.append(min(length, LONGEST))
         self._num_characters += length
         self._num_turns += len(messages)
-        for message in messages:
-            if message.role == "assistant" and message.trained:
-                self._answered += len(message.text)
+        for one in messages:
+            if one.role == "assistant" and one.trained:
+                self._answered += len(one.text if one.calls else one.content)
         if length > self._most:
             self._most, self._longest = length, conversation
-        for script in scripts_of(text):
+        scripts = scripts_of(text)
+        for script in scripts:
             self._scripts[script] += 1
-        self._warnings.look(conversation, text)
+        self._warnings.look(conversation, text, scripts)
         if self._tokens is not None:
             self._tokens.look(conversation)
 
@@ -300,12 +303,13 @@ def _middle(lengths: array[int]) -> int:
     return int(np.partition(np.frombuffer(lengths, np.uint32), half)[half])
 
 
-def scripts_of(text: str) -> Iterator[str]:
+def scripts_of(text: str) -> tuple[str, ...]:
     """The scripts that a text has letters of."""
     if text.isascii():
-        if SCRIPTS[0][1].search(text):
-            yield "Latin"
-        return
-    for name, letters in SCRIPTS:
-        if letters.search(text):
-            yield name
+        return ONLY_LATIN if LATIN.search(text) else ()
+    others = "".join(set("".join(NOT_ASCII.findall(text))))  # few, however long the text is
+    return tuple(
+        name
+        for name, letters in SCRIPTS
+        if letters.search(others) or (letters is LATIN and LATIN.search(text))
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,7 +46,7 @@ class Column:
     required: bool = True
 
 
-Made = Iterator[Conversation | DataError]
+Made = Iterable[Conversation | DataError]
 
 
 def always(row: Row, keys: Keys) -> bool:
@@ -81,9 +81,9 @@ def single(read: Callable[[Row, Keys], tuple[Message, ...]]) -> Callable[[Row, K
         try:
             messages = read(row, keys)
             tools = _tools_of(row, keys, messages) if "tools" in keys else ()
-            yield Conversation(messages, row.place, tools)
+            return (Conversation(messages, row.place, tools),)
         except DataError as error:
-            yield error
+            return (error,)
 
     return read_one
 

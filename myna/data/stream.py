@@ -138,58 +138,62 @@ def _pass(
 
     `where` names the rows in a fault of all of them.
     """
-    counting = _Counting(sink)
-    converter = Converter(detected, reading, counting) if detected else None
+    converter = Converter(detected, reading, sink) if detected else None
+    num_unread = survey_rows(rows, survey, converter, sink)
+    num_rows = survey.num_rows + num_unread
+    found = shape_of(survey, sink, reading)
+    notes: tuple[str, ...] = ()
+    if converter is not None and found is not None:
+        notes = converter.finish()
+        refuse_nothing(num_unread + converter.num_made, sink, where)
+    return found, num_rows, notes
+
+
+def survey_rows(
+    rows: Iterable[Row | DataError], survey: Survey, converter: Converter | None, sink: Sink
+) -> int:
+    """Counts and converts rows; how many of them could not be read."""
     num_unread = 0
     for row in rows:
         if isinstance(row, DataError):
             num_unread += 1
-            counting.refuse(row)
+            sink.refuse(row)
         else:
             group = survey.add(row)
             if converter is not None:
                 converter.take(row, group)
-    num_rows = survey.num_rows + num_unread
+    return num_unread
+
+
+def shape_of(survey: Survey, sink: Sink, reading: Reading) -> Detected | None:
+    """The shape of all rows; None where there are none, and where it cannot be told, which the sink refuses."""
     if not survey.num_rows:
-        return None, num_rows, ()
+        return None
     try:
         found = survey.detected()
     except DataError as error:
-        counting.refuse(error)
-        return None, num_rows, ()
-    notes: tuple[str, ...] = ()
-    if converter is not None:
-        notes = converter.finish()
-        if not counting.num_taken and not counting.num_refused:
-            counting.refuse(fault("D020", "no conversation is left of these rows", where=where))
-    return (
-        replace(found, ignored=tuple(key for key in found.ignored if key != reading.group_by)),
-        num_rows,
-        notes,
-    )
+        sink.refuse(error)
+        return None
+    return replace(found, ignored=tuple(key for key in found.ignored if key != reading.group_by))
 
 
-class _Counting:
-    def __init__(self, sink: Sink) -> None:
-        self._take, self._refuse = sink.take, sink.refuse
-        self.num_taken = self.num_refused = 0
-
-    def take(self, conversation: Conversation) -> None:
-        self.num_taken += 1
-        self._take(conversation)
-
-    def refuse(self, fault: DataError) -> None:
-        self.num_refused += 1
-        self._refuse(fault)
+def refuse_nothing(num_made: int, sink: Sink, where: str) -> None:
+    """Refuses rows of which neither a conversation was made nor a fault."""
+    if not num_made:
+        sink.refuse(fault("D020", "no conversation is left of these rows", where=where))
 
 
 class Converter:
-    """Rows of one shape into conversations. What depends on a row's keys alone is found out once for each group."""
+    """Rows of one shape into conversations. What depends on a row's keys alone is found out once for each group.
+
+    `num_made` counts conversations and faults.
+    """
 
     def __init__(self, detected: Detected, reading: Reading, sink: Sink) -> None:
         self._detected, self._reading, self._sink = detected, reading, sink
         self._shape = format_named(detected.name)
-        self._read = self._shape.read
+        self._read, self._gathers = self._shape.read, self._shape.gather is not None
+        self.num_made = 0
         self._keys: dict[Group, Keys | None] = {}  # None: rows of another shape
         self._waiting: list[Row] = []
 
@@ -201,8 +205,9 @@ class Converter:
         if keys is None:
             different = differing(row, self._detected)
             assert different
+            self.num_made += 1
             self._sink.refuse(different)
-        elif self._shape.gather:
+        elif self._gathers:
             self._waiting.append(row)
         else:
             self._convert(row, keys)
@@ -214,6 +219,7 @@ class Converter:
         made = []
         for row in self._shape.gather(self._waiting, self._detected.keys):
             if isinstance(row, DataError):
+                self.num_made += 1
                 self._sink.refuse(row)
             else:
                 made.append(row)
@@ -229,6 +235,7 @@ class Converter:
     def _convert(self, row: Row, keys: Keys) -> None:
         made = self._read(row, keys, self._reading)
         for one in grouped(made, row, self._reading.group_by) if self._reading.group_by else made:
+            self.num_made += 1
             if isinstance(one, DataError):
                 self._sink.refuse(one)
             else:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
 
 from myna.data.conversation import Conversation, Place
 from myna.data.findings import Findings
 from myna.data.near import MOST_RELATED, MOST_ROWS, NearDuplicates
-from myna.data.repeats import Alike, Digests
+from myna.data.repeats import Alike, Digests, written
 
 MOST_LABELS = 50  # more different answers than that are no labels
 FEWEST_ROWS = 50
@@ -58,22 +59,23 @@ class Warnings:
         self._near = _near_duplicates() if near else None
         self.not_checked = [] if self._near or not near else [NO_LIBRARY]
         self._findings, self._held_out, self._private = findings, held_out, private
-        self._answers: Counter[int] = Counter()
+        self._answers: Counter[bytes] = Counter()
 
-    def look(self, conversation: Conversation, text: str) -> None:
-        """A conversation, and its turns as one text."""
+    def look(self, conversation: Conversation, text: str, scripts: Sequence[str]) -> None:
+        """A conversation, its turns as one text, and the scripts that this has letters of."""
         self.digests.add(conversation)
         if self._near is not None:
             self._near.look(conversation)
         if len(self._answers) <= MOST_LABELS:
-            self._answers[hash(conversation.messages[-1].text)] += 1
+            answer = written(conversation.messages[-1:])
+            self._answers[blake2b(answer, digest_size=8).digest()] += 1
         warn, place = self._findings.warn, conversation.place
         if ("<" in text or "[" in text) and CONTROL.search(text):
             role = next((m.role for m in conversation.messages if CONTROL.search(m.text)), "row")
             warn("D034", place, f"a turn of the {role} spells a control token of chat templates", SPELLED)
         if "\0" in text:
             warn("D037", place, "a turn holds the character NUL", "take it out: few tokenizers know it")
-        if not text.isascii() and TWO_SCRIPTS.search(text):
+        if "Cyrillic" in scripts and TWO_SCRIPTS.search(text):
             message = "a word has letters of two alphabets that look alike"
             warn("D035", place, message, "write it in one alphabet")
         if self._private:
