@@ -73,6 +73,14 @@ class Group:
                 if not turn.keys() <= KNOWN_IN_TURNS and len(unread) < MOST_GROUPS:
                     unread.update(dict.fromkeys(unread_keys(turn)))
 
+    def join(self, later: Group) -> None:
+        """Counts rows behind these too."""
+        self.count += later.count
+        for name, count in later.fitting.items():
+            self.fitting[name] += count
+        for key, unread in later.turn_keys.items():
+            self.turn_keys[key].update(unread)
+
     def num_fitting(self, shape: Format) -> int:
         return self.count if shape.fits is always else self.fitting.get(shape.name, 0)
 
@@ -87,7 +95,7 @@ class Survey:
         self.columns = columns
         self.shapes = _candidates(format_name, columns)
         self._named = format_name != "auto"  # a shape that is named is held to its own faults
-        self._groups: dict[Any, Group] = {}
+        self.groups: dict[Any, Group] = {}
         self._known = frozenset(columns.values()).union(*(c.keys for s in self.shapes for c in s.columns))
         self.num_rows = 0
 
@@ -98,7 +106,7 @@ class Survey:
         keys: Any = tuple(values)
         if None in values.values():
             keys = (keys, tuple(value is None for value in values.values()))
-        group = self._groups.get(keys)
+        group = self.groups.get(keys)
         if group is None:
             group = self._new_group(keys, row)
         group.add(row)
@@ -106,20 +114,31 @@ class Survey:
 
     def _new_group(self, keys: Any, row: Row) -> Group:
         """Past so many groups rows are told apart by known keys alone: rows may have keys of their own without end."""
-        if len(self._groups) < MOST_GROUPS:
+        if len(self.groups) < MOST_GROUPS:
             group = Group(row, self.shapes, self.columns)
-            self._groups[keys] = group
+            self.groups[keys] = group
             return group
         known = {key: value for key, value in row.values.items() if key in self._known}
         keys = ("known", *((key, value is None) for key, value in known.items()))
-        if keys not in self._groups:
-            self._groups[keys] = Group(Row(known, row.place), self.shapes, self.columns)
-        return self._groups[keys]
+        if keys not in self.groups:
+            self.groups[keys] = Group(Row(known, row.place), self.shapes, self.columns)
+        return self.groups[keys]
+
+    def join(self, later: Mapping[Any, Group], num_rows: int) -> bool:
+        """Counts rows behind these too, by their groups; False where they are so many that the order of all rows tells."""
+        self.num_rows += num_rows
+        for keys, group in later.items():
+            if keys in self.groups:
+                self.groups[keys].join(group)
+            else:
+                self.groups[keys] = group
+        turn_keys = (keys for group in self.groups.values() for keys in group.turn_keys.values())
+        return len(self.groups) < MOST_GROUPS and all(len(keys) < MOST_GROUPS for keys in turn_keys)
 
     def detected(self) -> Detected:
         """The shape that fits most rows. DataError where no row fits any, or a column that was named is in none."""
         best: Detected | None = None
-        groups = list(self._groups.values())
+        groups = list(self.groups.values())
         for shape in self.shapes:
             keys = _common_keys(groups, shape, self.columns)
             having = [group for group in groups if keys and has_required(group.first, shape, keys)]

@@ -52,6 +52,13 @@ class Findings:
         if count <= SHOWN_PLACES:
             self._shown.setdefault(key, []).append((str(where), message, help))
 
+    def join(self, later: Findings) -> None:
+        """Counts what was found in rows behind these too."""
+        for key, count in later._counts.items():
+            self._counts[key] = self._counts.get(key, 0) + count
+            shown = self._shown.setdefault(key, [])
+            shown += later._shown[key][: SHOWN_PLACES - len(shown)]
+
     def __iter__(self) -> Iterator[Finding]:
         """Errors first, each level by code."""
         for level, code in sorted(self._counts):

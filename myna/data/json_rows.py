@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
-import io
 import json
 import re
 from collections import Counter
@@ -16,7 +14,8 @@ import msgspec
 from myna.data.check import fault, named, shown
 from myna.data.conversation import Place, Row
 from myna.data.files import bad_text, no_rows, refuse_binary
-from myna.data.opened import HEAD_BYTES, is_packed, is_utf16, open_bytes, open_text
+from myna.data.lines import WHOLE, Span, blocks_of, lines_in
+from myna.data.opened import open_text
 from myna.errors import DataError
 
 ONE_OBJECT_A_LINE = 'every row is one object on one line: {"prompt": "...", "completion": "..."}'
@@ -34,7 +33,6 @@ MEND = "mend the file at that place; reading cannot go on after it"
 PARTS_OF_A_ROW = ("paragraphs", "qas", "replies", "chosen", "rejected")
 DEEPEST_LIST = 3  # {"data": {"train": {"rows": [...]}}}
 BETWEEN = re.compile(r"[\s,]*")
-BLOCK_BYTES = 1 << 16  # what fits the processor's cache is read fastest
 decode_bytes, decode_blocks = msgspec.json.Decoder().decode, msgspec.json.Decoder().decode_lines
 # Stands as a key in an object that names a key twice; its value is that key.
 _TWICE = object()
@@ -47,16 +45,20 @@ def kind_of(value: Any) -> str:
 
 def scan_jsonl(path: Path) -> Iterator[Row | DataError]:
     """Rows of a .jsonl or .ndjson file; a whole JSON array under that name, a common slip, is read too."""
+    return scan_lines(path) if is_in_lines(path) else _scan_document(path)
+
+
+def is_in_lines(path: Path) -> bool:
+    """Whether `scan_jsonl` reads the file line by line. DataError where it is no text."""
     refuse_binary(path)
-    first, _ = _first_lines(path)
-    return _scan_document(path) if first.startswith("[") else _scan_lines(path)
+    return not _first_lines(path)[0].startswith("[")
 
 
 def scan_json(path: Path) -> Iterator[Row | DataError]:
     """Rows of a .json file: an array, an object that holds one list of objects, objects one after another, or JSONL."""
     refuse_binary(path)
     first, second = _first_lines(path)
-    return _scan_lines(path) if second and _is_object(first) else _scan_document(path)
+    return scan_lines(path) if second and _is_object(first) else _scan_document(path)
 
 
 def _first_lines(path: Path) -> tuple[str, str]:
@@ -74,16 +76,19 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _scan_lines(path: Path) -> Iterator[Row | DataError]:
-    """Rows of lines: many that msgspec reads at once, and where it refuses the slow way, which tells what is wrong."""
-    name, number = str(path), 0
-    for block in _blocks_of(path):
+def scan_lines(path: Path, span: Span = WHOLE) -> Iterator[Row | DataError]:
+    """Rows of lines: many that msgspec reads at once, and where it refuses the slow way, which tells what is wrong.
+
+    Of a span of the file alone, with their places in all of it.
+    """
+    name, number = str(path), span.num_before
+    for block in blocks_of(path, span):
         values, first = _read_block(block) if isinstance(block, bytes) else None, number + 1
         if values is not None:
             for number, one in enumerate(values, first):
                 yield Row(one, Place(name, number))
             continue
-        for number, line in enumerate(_lines_in(block), first):
+        for number, line in enumerate(lines_in(block), first):
             value = _read_line(line) if isinstance(line, bytes) else None
             if value is not None:
                 yield Row(value, Place(name, number))
@@ -118,38 +123,6 @@ def _read_line(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if type(value) is dict and _names_keys_once(line, value) else None
-
-
-def _blocks_of(path: Path) -> Iterator[bytes | str]:
-    """Whole lines: bytes where the file is UTF-8, without its byte order mark, many at once where it is not packed.
-
-    A line of text each where it is UTF-16 or ends lines by CR.
-    """
-    with open_bytes(path) as file:
-        head = file.read(HEAD_BYTES)
-    if is_utf16(head) or (b"\r" in head and b"\n" not in head):
-        with open_text(path) as text:
-            yield from text
-        return
-    with open_bytes(path) as file:
-        if head.startswith(codecs.BOM_UTF8):
-            file.read(len(codecs.BOM_UTF8))
-        if is_packed(path):
-            yield from file  # where it does not unpack, the rows before are given still
-            return
-        while block := file.read(BLOCK_BYTES):
-            yield block if block.endswith(b"\n") else block + file.readline()
-
-
-def _lines_in(block: bytes | str) -> Iterator[bytes | str]:
-    if isinstance(block, str):
-        yield block
-        return
-    for line in io.BytesIO(block):
-        if b"\r" in line and b"\r" in (bare := line.rstrip(b"\r\n")):
-            yield from bare.split(b"\r")
-        else:
-            yield line
 
 
 def _names_keys_once(text: bytes, value: dict[str, Any] | list[dict[str, Any]]) -> bool:

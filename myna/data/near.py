@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -41,6 +42,19 @@ class _Row:
         self.minima: Any = None
 
 
+@dataclass(frozen=True)
+class NearFound:
+    """How many rows are nearly another, and the first of them, each with the one that it is like.
+
+    `num_crowded` rows are such that later ones were not compared with, `is_whole` is whether all rows were looked at.
+    """
+
+    count: int
+    first: tuple[tuple[int, int], ...]
+    num_crowded: int
+    is_whole: bool
+
+
 class NearDuplicates:
     """Looks at conversations one after another; each is compared with the first of its like."""
 
@@ -56,11 +70,6 @@ class NearDuplicates:
         self.num_crowded = 0  # rows that later ones were not compared with
         self.first: list[tuple[int, int]] = []  # the first ones, each with the one that it is like
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether all rows were looked at."""
-        return self._number <= MOST_ROWS
-
     def look(self, conversation: Conversation) -> None:
         if self._number < MOST_ROWS:
             turns = [m.text for m in conversation.messages if m.role != "system"]
@@ -72,8 +81,10 @@ class NearDuplicates:
                 self._compare()
         self._number += 1
 
-    def finish(self) -> None:
+    def found(self) -> NearFound:
+        """What was found in all of them."""
         self._compare()
+        return NearFound(self.count, tuple(self.first), self.num_crowded, self._number <= MOST_ROWS)
 
     def _compare(self) -> None:
         if self._num_common is None:

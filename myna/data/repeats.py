@@ -41,6 +41,16 @@ class Digests:
         self._wholes.frombytes(hashed.digest())
         self._places.append(self._packed(conversation.place))
 
+    def join(self, later: Digests) -> None:
+        """Adds those of rows behind these, of the same file."""
+        assert not self._files or not later._files or self._files == later._files
+        if later._files:
+            self._files, self._units = later._files, later._units
+        self._prompts += later._prompts
+        self._wholes += later._wholes
+        self._places += later._places
+        self.has_parts = self.has_parts or later.has_parts
+
     def place(self, index: int) -> Place | None:
         """Where a conversation stands; which part of its row it is, is not held."""
         packed = self._places[index]

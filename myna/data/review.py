@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from array import array
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,34 +10,19 @@ from typing import TYPE_CHECKING, Any
 from myna.data.check import named
 from myna.data.conversation import Conversation, Place
 from myna.data.detect import NO_COLUMNS, Detected
-from myna.data.findings import Finding, Findings
+from myna.data.findings import Finding
 from myna.data.formats import format_named
 from myna.data.repeats import Digests
+from myna.data.row_checks import RowChecks
 from myna.data.shapes import AS_THEY_COME, Reading
+from myna.data.spans import check_spans
 from myna.data.stream import AnySink, Streamed, stream_rows
-from myna.data.warned import Warnings
 from myna.errors import DataError
 
 if TYPE_CHECKING:
-    from myna.data.token_checks import TokenChecks, TokenCounts, TokenSettings
+    from myna.data.token_checks import TokenCounts, TokenSettings
 
 OF_TRAINING = ("D040", "D042")
-LONGEST = 2**32 - 1  # characters that are held of a length
-LATIN = re.compile(r"[A-Za-zÀ-ɏ]")
-ONLY_LATIN = ("Latin",)
-NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
-SCRIPTS: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("Latin", LATIN),
-    ("Greek", re.compile(r"[\u0370-\u03ff]")),
-    ("Cyrillic", re.compile(r"[\u0400-\u052f]")),
-    ("Hebrew", re.compile(r"[\u0590-\u05ff]")),
-    ("Arabic", re.compile(r"[\u0600-\u06ff\u0750-\u077f\ufb50-\ufdff\ufe70-\ufefc]")),
-    ("Devanagari", re.compile(r"[\u0900-\u097f]")),
-    ("Thai", re.compile(r"[\u0e00-\u0e7f]")),
-    ("Hangul", re.compile(r"[\uac00-\ud7af\u1100-\u11ff]")),
-    ("Kana", re.compile(r"[\u3040-\u30ff]")),
-    ("Han", re.compile(r"[\u4e00-\u9fff\u3400-\u4dbf]")),
-)
 
 
 @dataclass(frozen=True)
@@ -129,6 +111,8 @@ def review_rows(
 ) -> Review:
     """Reads every row of `path` and looks at every conversation; of the rows nothing is held but 28 bytes each.
 
+    Large files of JSON lines are read by a process a core, where no tokens are counted, with the same answer.
+
     `test` are held-out rows, whose prompts should not stand in `path` too. `private` also looks for secrets and personal
     data, `near` for near duplicates. With `tokens` they are counted (4 bytes more of each; a text says why they are not).
     `keep_faults` gives every single fault too. RecipeError where `format_name` or `columns` cannot be; what is wrong with
@@ -136,16 +120,20 @@ def review_rows(
     """
     settings: dict[str, Any] = {"format_name": format_name, "columns": columns, "reading": reading}
     held_out = _stream_or_fault(test, _HeldOut, **settings).sink if test else _HeldOut()
-    read = _stream_or_fault(
-        path,
-        lambda: _Checks(held_out.digests, private=private, near=near, tokens=tokens, keep_faults=keep_faults),
-        **settings,
-    )
+
+    def make() -> RowChecks:
+        return RowChecks(held_out.digests, private=private, near=near, tokens=tokens, keep_faults=keep_faults)
+
+    read = None
+    if tokens is None or isinstance(tokens, str):
+        read = check_spans(path, make, private=private, keep_faults=keep_faults, **settings)
+    if read is None:
+        read = _stream_or_fault(path, make, **settings)
     checks = read.sink
     checks.finish(lambda wanted: _places(path, read, wanted, reading))
     for fault in held_out.faults:
         checks.refuse(fault)
-    return checks.review(path, read.detected, read.num_rows, read.notes)
+    return _review(checks, path, read.detected, read.num_rows, read.notes)
 
 
 def _stream_or_fault(path: Path, make: Callable[[], AnySink], **settings: Any) -> Streamed[AnySink]:
@@ -169,98 +157,34 @@ class _HeldOut:
         self.digests.add(conversation)
 
 
-class _Checks:
-    """All that is looked for in rows, and what a summary of them says. A conversation costs 28 bytes."""
-
-    def __init__(
-        self,
-        held_out: Digests,
-        *,
-        private: bool,
-        near: bool,
-        tokens: TokenSettings | str | None,
-        keep_faults: bool,
-    ) -> None:
-        self._faults: list[DataError] | None = [] if keep_faults else None
-        self._ended = False
-        self._findings = Findings()
-        self._warnings = Warnings(self._findings, held_out=held_out, private=private, near=near)
-        self._not_checked = [tokens] if isinstance(tokens, str) else []
-        self._tokens = (
-            None if tokens is None or isinstance(tokens, str) else _token_checks(tokens, self._findings)
-        )
-        self._token_counts: TokenCounts | None = None
-        self._lengths = array("I")
-        self._longest: Conversation | None = None
-        self._num_turns = self._answered = self._num_characters = self._most = 0
-        self._scripts = Counter[str]()
-
-    def take(self, conversation: Conversation) -> None:
-        messages = conversation.messages
-        text = "\n".join([one.text if one.calls else one.content for one in messages])
-        length = len(text) - len(messages) + 1
-        self._lengths.append(min(length, LONGEST))
-        self._num_characters += length
-        self._num_turns += len(messages)
-        for one in messages:
-            if one.role == "assistant" and one.trained:
-                self._answered += len(one.text if one.calls else one.content)
-        if length > self._most:
-            self._most, self._longest = length, conversation
-        scripts = scripts_of(text)
-        for script in scripts:
-            self._scripts[script] += 1
-        self._warnings.look(conversation, text, scripts)
-        if self._tokens is not None:
-            self._tokens.look(conversation)
-
-    def refuse(self, fault: DataError) -> None:
-        if self._faults is not None:
-            self._faults.append(fault)
-        self._ended = self._ended or fault.ends_reading
-        self._findings.refuse(fault)
-
-    def finish(self, places: Callable[[Sequence[int]], Mapping[int, Place | None]]) -> None:
-        if self._tokens is not None:
-            self._token_counts = self._tokens.finish()
-        digests = self._warnings.digests
-        if digests.has_parts:
-            self._warnings.finish(places)
-        else:
-            self._warnings.finish(lambda wanted: {index: digests.place(index) for index in wanted})
-
-    def review(self, path: Path, detected: Detected | None, num_rows: int, notes: tuple[str, ...]) -> Review:
-        """What was found, where the rows were read in the shape `detected`."""
-        shape = format_named(detected.name) if detected else None
-        num_conversations = len(self._lengths) if detected else 0
-        return Review(
-            path=str(path),
-            shape=shape.title if shape else "of no known shape",
-            confidence=detected.confidence if detected else 0.0,
-            ignored=detected.ignored if detected else (),
-            num_rows=num_rows,
-            num_conversations=num_conversations,
-            num_turns=self._num_turns,
-            num_characters=self._num_characters,
-            share_answered=self._answered / max(1, self._num_characters),
-            middle=_middle(self._lengths),
-            longest=self._most,
-            longest_place=str(self._longest.place) if self._longest else "",
-            scripts=dict(self._scripts.most_common()),
-            findings=tuple(self._findings),
-            not_checked=(*self._warnings.not_checked, *self._not_checked),
-            tokens=self._token_counts,
-            trained=shape is None or shape.trained,
-            usable=num_conversations > 0 and not self._ended,
-            faults=tuple(self._faults or ()),
-            notes=notes,
-        )
-
-
-def _token_checks(settings: TokenSettings, findings: Findings) -> TokenChecks:
-    from myna.data.token_checks import TokenChecks
-
-    return TokenChecks(settings, findings)
+def _review(
+    checks: RowChecks, path: Path, detected: Detected | None, num_rows: int, notes: tuple[str, ...]
+) -> Review:
+    """What was found, where the rows were read in the shape `detected`."""
+    shape = format_named(detected.name) if detected else None
+    num_conversations = len(checks.lengths) if detected else 0
+    return Review(
+        path=str(path),
+        shape=shape.title if shape else "of no known shape",
+        confidence=detected.confidence if detected else 0.0,
+        ignored=detected.ignored if detected else (),
+        num_rows=num_rows,
+        num_conversations=num_conversations,
+        num_turns=checks.num_turns,
+        num_characters=checks.num_characters,
+        share_answered=checks.answered / max(1, checks.num_characters),
+        middle=checks.middle(),
+        longest=checks.most,
+        longest_place=str(checks.longest.place) if checks.longest else "",
+        scripts=dict(checks.scripts.most_common()),
+        findings=tuple(checks.findings),
+        not_checked=(*checks.warnings.not_checked, *checks.not_checked),
+        tokens=checks.token_counts,
+        trained=shape is None or shape.trained,
+        usable=num_conversations > 0 and not checks.ended,
+        faults=tuple(checks.faults or ()),
+        notes=notes,
+    )
 
 
 class _Places:
@@ -292,24 +216,3 @@ def _places(
         reading=reading,
     )
     return again.sink.found
-
-
-def _middle(lengths: array[int]) -> int:
-    if not lengths:
-        return 0
-    import numpy as np
-
-    half = len(lengths) // 2
-    return int(np.partition(np.frombuffer(lengths, np.uint32), half)[half])
-
-
-def scripts_of(text: str) -> tuple[str, ...]:
-    """The scripts that a text has letters of."""
-    if text.isascii():
-        return ONLY_LATIN if LATIN.search(text) else ()
-    others = "".join(set("".join(NOT_ASCII.findall(text))))  # few, however long the text is
-    return tuple(
-        name
-        for name, letters in SCRIPTS
-        if letters.search(others) or (letters is LATIN and LATIN.search(text))
-    )

@@ -63,7 +63,7 @@ def stream_rows(
     """
     rows = scan_rows(path, max_rows=max_rows)
     head = list(islice(rows, GUESSED))
-    guess = _guess(head, format_name, columns)
+    guess = guessed(head, format_name, columns)
     if max_rows is not None and guess is not None and _is_of_several(guess, reading):
         return _first_of_several(path, make, guess, columns, max_rows, reading)
     sink = make()
@@ -78,7 +78,8 @@ def stream_rows(
     return Streamed(sink, found, num_rows, notes)
 
 
-def _guess(head: Iterable[Row | DataError], format_name: str, columns: Mapping[str, str]) -> Detected | None:
+def guessed(head: Iterable[Row | DataError], format_name: str, columns: Mapping[str, str]) -> Detected | None:
+    """The shape of the first rows, None where they have none."""
     survey = Survey(format_name, columns)
     for row in head:
         if isinstance(row, Row):

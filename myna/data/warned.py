@@ -13,7 +13,7 @@ from hashlib import blake2b
 
 from myna.data.conversation import Conversation, Place
 from myna.data.findings import Findings
-from myna.data.near import MOST_RELATED, MOST_ROWS, NearDuplicates
+from myna.data.near import MOST_RELATED, MOST_ROWS, NearDuplicates, NearFound
 from myna.data.repeats import Alike, Digests, written
 
 MOST_LABELS = 50  # more different answers than that are no labels
@@ -57,6 +57,7 @@ class Warnings:
     ) -> None:
         self.digests = Digests()
         self._near = _near_duplicates() if near else None
+        self.near_found: NearFound | None = None  # where another process looked for them
         self.not_checked = [] if self._near or not near else [NO_LIBRARY]
         self._findings, self._held_out, self._private = findings, held_out, private
         self._answers: Counter[bytes] = Counter()
@@ -82,6 +83,16 @@ class Warnings:
             for kind in private_in(text):
                 message = f"a turn holds {kind}"
                 warn("D036", place, message, "a model may repeat it to anybody: replace it")
+
+    @property
+    def looks_for_near(self) -> bool:
+        return self._near is not None
+
+    def join(self, later: Warnings) -> None:
+        """Adds what was seen in rows behind these; the findings are joined by themselves."""
+        self.digests.join(later.digests)
+        if len(self._answers) <= MOST_LABELS:
+            self._answers.update(later._answers)
 
     def finish(self, places: Callable[[Sequence[int]], Mapping[int, Place | None]]) -> None:
         """What all conversations together show; `places` tells where some of them stand, by their number from 0."""
@@ -113,15 +124,15 @@ class Warnings:
     def _near_alike(self) -> Alike:
         if self._near is None:
             return 0, []
-        self._near.finish()
-        if not self._near.is_whole:
+        near = self.near_found or self._near.found()
+        if not near.is_whole:
             self.not_checked.append(f"near duplicates past the first {MOST_ROWS:,} conversations")
-        if self._near.num_crowded:
+        if near.num_crowded:
             self.not_checked.append(
-                f"near duplicates of {self._near.num_crowded:,} conversations: each has most words in common "
+                f"near duplicates of {near.num_crowded:,} conversations: each has most words in common "
                 f"with {MOST_RELATED} others, which alone later ones were compared with"
             )
-        return self._near.count, self._near.first
+        return near.count, list(near.first)
 
     def _say_lopsided(self) -> None:
         answers, num_rows = self._answers, len(self.digests)
