@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ class Rendered(NamedTuple):
 class _Batch(NamedTuple):
     conversations: Sequence[Conversation]
     frames: Sequence[Frame | None]
-    lengths: Future[tuple[npt.NDArray[np.int64], list[int]]]  # ids of all pieces, and how many each has
+    encoded: Future[list[Any]]  # all pieces
 
 
 def render_many(
@@ -75,18 +76,20 @@ def _begin(
         if frame is not None
         for piece in frame.pieces
     ]
-    return _Batch(batch, found, thread.submit(_encoded, tokenizer.tokenizer, texts))
+    encode = partial(tokenizer.tokenizer.encode_batch_fast, add_special_tokens=False)
+    return _Batch(batch, found, thread.submit(encode, texts))
 
 
-def _encoded(tokenizer: Any, texts: list[str]) -> tuple[npt.NDArray[np.int64], list[int]]:
-    ids = [one.ids for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+def _ids_of(batch: _Batch) -> tuple[npt.NDArray[np.int64], list[int]]:
+    """The ids of all pieces, and how many each has. Not in the thread, which is to begin with the next ones meanwhile."""
+    ids = [one.ids for one in batch.encoded.result()]
     lengths = list(map(len, ids))
     return np.fromiter(chain.from_iterable(ids), np.int64, sum(lengths)), lengths
 
 
 def _finished(batch: _Batch, tokenizer: ChatTokenizer, max_length: int) -> Iterator[Rendered]:
     control = tokenizer.control
-    ids_T, lengths = batch.lengths.result()
+    ids_T, lengths = _ids_of(batch)
     is_control_T = control.is_control[ids_T]
     looks = bool(control.watched[1])
     piece, start = 0, 0
