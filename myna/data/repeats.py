@@ -140,6 +140,8 @@ def _first_of(digests: Any, later: Any) -> Alike:
 
 def written(messages: Sequence[Message], tools: Sequence[str] = ()) -> bytes:
     """The turns with their roles and the tools, as digests of them are taken of; ids of calls say nothing."""
+    if len(messages) == 1 and not tools and not messages[0].calls:  # most answers, and most prompts
+        return f"{messages[0].role}\x1f{messages[0].content}".encode(errors="surrogatepass")
     told = [f"{one.role}\x1f{one.text if one.calls else one.content}" for one in messages]
     text = "\x1e".join([*told, *tools] if tools else told)
     return text.encode(errors="surrogatepass")
