@@ -68,6 +68,7 @@ BETWEEN = st.sampled_from(
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example([([("a", 1)], ":", ""), ([("a", 2)], ":", "\n"), ([("a", _Object([("a", 1)]))], "\n:", "\n")])
 @example([([("a", 1), ("a", 2)], "\r:", "\n"), ([("a", 1)], ":", "\n")])
+@example([([("a", 1)], "\r:", "\n")])
 def test_many_lines_at_once_are_what_single_ones_are(
     tmp_path: Path, rows: list[tuple[Pairs, str, str]]
 ) -> None:
