@@ -33,6 +33,7 @@ STAGES: Mapping[str, str] = {
     "read: JSON, keys, places": "for _ in scan_rows(path): pass",
     "and the shape found out, conversations made": "stream_rows(path, Nothing)",
     "data check without near duplicates and private data": "review_rows(path, private=False, near=False)",
+    "the same by one process": "spans.plan = lambda size: None; review_rows(path, private=False, near=False)",
     "the same with near duplicates": "review_rows(path, private=False)",
     "the same with private data": "review_rows(path, near=False)",
     "conversations kept for a run": "len(read_conversations(path).conversations)",
@@ -52,7 +53,7 @@ TOKENS: Mapping[str, str] = {
     ),
 }
 PROGRAM = (
-    "import sys; from pathlib import Path; from myna.data.sources import scan_rows\n"
+    "import sys; from pathlib import Path; from myna.data import spans; from myna.data.sources import scan_rows\n"
     "from myna.data.rows import read_conversations; from myna.data.review import review_rows\n"
     "from myna.data.split import split_rows; from myna.data.stream import stream_rows; path = Path(sys.argv[1])\n"
     "class Nothing:\n    def take(self, one): pass\n    def refuse(self, one): pass\n"

@@ -91,26 +91,29 @@ def _finished(batch: _Batch, tokenizer: ChatTokenizer, max_length: int) -> Itera
     control = tokenizer.control
     ids_T, lengths = _ids_of(batch)
     is_control_T = control.is_control[ids_T]
+    learnt = [
+        piece.answer is not None and conversation.messages[piece.answer].trained
+        for conversation, frame in zip(batch.conversations, batch.frames, strict=True)
+        if frame is not None
+        for piece in frame.pieces
+    ]
+    trained_T = np.repeat(np.array(learnt, np.uint8), lengths)
     looks = bool(control.watched[1])
     piece, start = 0, 0
     for conversation, frame in zip(batch.conversations, batch.frames, strict=True):
         if frame is None:
             yield from _alone(conversation, tokenizer, max_length)
             continue
-        own_lengths = lengths[piece : piece + len(frame.pieces)]
+        end = start + sum(lengths[piece : piece + len(frame.pieces)])
         piece += len(frame.pieces)
-        end = start + sum(own_lengths)
-        row_T = ids_T[start:end]
+        row_T, row_trained_T = ids_T[start:end], trained_T[start:end]
         is_own = row_T[is_control_T[start:end]].tobytes() == frame.control
         start = end
         if not is_own or tokenizer.exceeds_rows or (looks and control.is_watched_in(given(conversation))):
             yield from _alone(conversation, tokenizer, max_length)
             continue
-        messages = conversation.messages
-        learnt = [one.answer is not None and messages[one.answer].trained for one in frame.pieces]
-        trained_T = np.repeat(np.array(learnt, np.uint8), own_lengths)
         num_cut = max(0, len(row_T) - max_length)
-        yield Rendered(row_T[:max_length], trained_T[:max_length], num_cut, conversation.place)
+        yield Rendered(row_T[:max_length], row_trained_T[:max_length], num_cut, conversation.place)
 
 
 def _alone(conversation: Conversation, tokenizer: ChatTokenizer, max_length: int) -> Iterator[Rendered]:
