@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -105,3 +107,12 @@ def test_any_values(rows: list[dict[str, Any]]) -> None:
         path = Path(folder) / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         require_an_answer(path)
+
+
+def test_the_long_form_starts() -> None:
+    """One example of each test, of a seed of its own, in a process of its own."""
+    script = Path(__file__).resolve().parent.parent / "scripts/fuzz_rows.py"
+    arguments = [sys.executable, str(script), "--minutes", "0.0001", "--seed", "7", "--examples", "1"]
+    done = subprocess.run(arguments, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "seeds to 7: nothing but conversations and clean errors\n"
