@@ -217,7 +217,7 @@ def test_dated_lines_are_a_conversation_a_day(tmp_path: Path) -> None:
         ["u: hi\nare you open?", "a: yes, till 6: come by"],
         ["u: thanks", "a: welcome"],
     ]
-    assert str(loaded.conversations[1].place).endswith(":1, 13/05/2024")
+    assert str(loaded.conversations[1].place).endswith(":7, 13/05/2024")
     assert loaded.said[1:] == (
         "the assistant is Shop Support (data.assistant names another)",
         "1 messages of the assistant stand before the first question and are left out",
@@ -316,3 +316,18 @@ def test_a_talk_is_of_the_group_that_all_its_messages_name(tmp_path: Path) -> No
     mixed = [said("Anna", "x", chat_id=1, customer="a"), said("Bot", "y", chat_id=1, customer="b")]
     error = refusal(write(tmp_path / "mixed.jsonl", *mixed), reading=Reading(group_by="customer"))
     assert error.code == "D012" and "`customer`" in error.message
+
+
+def test_a_conversation_of_a_log_stands_at_the_line_of_its_first_message(tmp_path: Path) -> None:
+    path = tmp_path / "chat.txt"
+    notice = "[12/05/2024, 10:15:32] Messages and calls are end-to-end encrypted.\n"
+    one = (
+        "[12/05/2024, 10:15:40] Anna: open\x0bon Sunday?\nor not?\n[12/05/2024, 10:17:00] Shop Support: yes\n"
+    )
+    two = "[13/05/2024, 09:00:01] Anna: thanks\n[13/05/2024, 09:00:02] Shop Support: good day\n"
+    path.write_text(notice + one + two)  # \x0b ends no line of a file
+    places = [str(one.place) for one in load_conversations(path, format_name="transcript").conversations]
+    assert [place.split(" ")[0].rstrip(",:") for place in places] == [f"{path}:2", f"{path}:5"]
+    rows = write(tmp_path / "rows.jsonl", {"text": "User: q\nAssistant: a"}, {"text": one + two})
+    found = load_conversations(rows, format_name="transcript").conversations
+    assert {one.place.line for one in found if one.place} == {1, 2}  # of other files the row

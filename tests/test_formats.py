@@ -208,6 +208,8 @@ def test_a_shape_that_cannot_be_told_lists_what_is_read() -> None:
     assert error.code == "D010" and "the keys are: ticket, reply" in error.message
     for name in ("messages", "sharegpt", "alpaca", "prompt_answer"):
         assert f"  {name}: " in error.message
+    assert len(error.message.splitlines()) == 6 and "more are in docs/data.md" in error.message
+    assert "  chat_log: " in refused({"sendr": "q", "reply": "a"}).message  # the nearest come first
     assert "--set data.columns.prompt=ticket --set data.columns.completion=reply;" in str(error.help)
     assert "data.columns.prompt=KEY" in str(refused({"id": "1", "ticket": "q", "reply": "a"}).help)
 

@@ -265,3 +265,16 @@ def test_patterns_name_some_characters_and_take_no_time() -> None:
         known = re.compile("".join(old.get(one, one) for one in parts))
         for name in map("".join, itertools.product("ab/", repeat=4)):
             assert fits(name, pattern) == (known.fullmatch(name) is not None), (name, pattern)
+
+
+def test_a_config_may_name_a_folder_alone() -> None:
+    page = (
+        "---\nconfigs:\n- {config_name: en, data_dir: ./train/en}\n- {config_name: all, data_dir: .}\n---\n"
+    )
+    names = ["train/en/a.csv", "train/en/test.csv", "train/fr/a.csv"]
+    found = told_configs(page, names)
+    # words of the folder's own path say nothing of a split
+    assert found["en"] == {"train": ["train/en/a.csv"], "test": ["train/en/test.csv"]} or found["en"] == {
+        "test": ["train/en/test.csv"]
+    }
+    assert sorted(found) == ["all", "en"]

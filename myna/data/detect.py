@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
@@ -18,6 +19,9 @@ from myna.errors import DataError, RecipeError
 KNOWN_IN_TURNS = frozenset(TURN_KEYS)
 LISTS_OF_TURNS = ("messages", "conversations")  # columns
 MOST_GROUPS = 4096
+MOST_SHAPES = 4  # that an error names
+USUAL = ("messages", "sharegpt", "alpaca", "prompt_answer")  # these where none is nearer
+LIKE = 0.75  # by difflib's ratio: below it `ticket` is like `text`
 NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -260,13 +264,27 @@ def _untold(row: Row, shapes: Sequence[Format], columns: Mapping[str, str]) -> D
     if near:
         shape, _ = min(near, key=lambda one: (len(lacks[one[0].name]), -len(required_keys(*one))))
         return missing_key(row, lacks[shape.name][0], shape, columns)
-    lines = [f"the shape of the rows cannot be told; the keys are: {named(row.values)}. Rows may be:"]
-    lines += [f"  {shape.name}: {shape.description}" for shape in shapes]
+    near_shapes = sorted(shapes, key=lambda shape: (-_num_near(row, shape), shape.name not in USUAL))[
+        :MOST_SHAPES
+    ]
+    lines = [
+        f"the shape of the rows cannot be told; the keys are: {named(row.values)}. The nearest shapes are:"
+    ]
+    lines += [f"  {shape.name}: {shape.description}" for shape in near_shapes]
+    if len(shapes) > len(near_shapes):
+        lines.append(f"and {len(shapes) - len(near_shapes)} more are in docs/data.md, under Shapes")
     # of more than two it is not guessed which: a guess that is pasted would train on something else without a word
     prompt, completion = row.values if len(row.values) == 2 else ("KEY", "KEY")
     example = f"{setting('prompt', prompt)} {setting('completion', completion)}"
     cure = f"name the keys: {example}; where these are a row already, the table needs a header above it"
     return fault("D010", "\n".join(lines), where=row.place, help=cure)
+
+
+def _num_near(row: Row, shape: Format) -> int:
+    """How many of the keys that a shape cannot do without are nearly in the row."""
+    small = [key.lower() for key in row.values]
+    wanted = [column.keys for column in shape.columns if column.required]
+    return sum(any(get_close_matches(key, small, n=1, cutoff=LIKE) for key in keys) for keys in wanted)
 
 
 def _refuse_unused(first: Row, detected: Detected, columns: Mapping[str, str]) -> None:

@@ -86,7 +86,7 @@ def _records(file: TextIO, path: Path, separator: str) -> Iterator[tuple[Place, 
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            message = f"broken cell in the record that starts here: {error}"
+            message = f"broken cell in the record that starts here: {error}; the rest of the file is not read"
             cure = 'close every quote; a quote inside is written ""'
             yield fault("D005", message, where=place, help=cure, ends_reading=True)
             return

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
 
 from msgspec.structs import replace
 
-from myna.data.conversation import Row
+from myna.data.conversation import Place, Row
+from myna.data.opened import row_suffix
 from myna.data.shapes import Keys, Reading, text_of
 from myna.data.speakers import ASSISTANTS, SYSTEMS, USERS, Talk, find_assistant, read_spoken, told_of
 from myna.errors import DataError
@@ -64,7 +67,7 @@ def talks_of_transcript(row: Row, keys: Keys, reading: Reading) -> Iterator[Talk
         return
     lines = _lines(text)
     if DATED.match(next((line for line in lines if line), "")):
-        yield from _dated_talks(lines, row, reading)
+        yield from _dated_talks(text, row, reading)
         return
     names = _names(lines)
     assistant = (
@@ -91,11 +94,14 @@ def gather_transcripts(rows: Sequence[Row], keys: Keys) -> Iterator[Row | DataEr
     return iter(rows)
 
 
-def _dated_talks(lines: Sequence[str], row: Row, reading: Reading) -> Iterator[Talk]:
+def _dated_talks(text: str, row: Row, reading: Reading) -> Iterator[Talk]:
     days: dict[str, list[tuple[str, list[str]]]] = {}
+    starts: dict[
+        str, int
+    ] = {}  # the line of a day's first message; of notices alone there is no talk to place
     notices: dict[str, int] = {}
     said: list[tuple[str, list[str]]] = []
-    for line in lines:
+    for number, line in zip(_line_numbers(text), _lines(text), strict=True):
         match = DATED.match(line)
         if match is None:
             if said:
@@ -104,14 +110,29 @@ def _dated_talks(lines: Sequence[str], row: Row, reading: Reading) -> Iterator[T
         day = match["day"] or match["other"]
         said = days.setdefault(day, [])
         if match["name"] and not MEDIA.fullmatch(match["text"].strip(MARKS)):
+            starts.setdefault(day, number)
             said.append((match["name"].strip(), [match["text"]]))
         else:
             notices[day] = notices.get(day, 0) + 1
     speakers = tuple(dict.fromkeys(speaker for talk in days.values() for speaker, _ in talk))
     assistant = reading.assistant or find_assistant(speakers)
     for day, talk in days.items():
-        place = replace(row.place, part=day)
+        place = replace(_place_in(row, starts.get(day, 1)), part=day)
         yield Talk(_joined(talk), place, assistant, speakers, notices=notices.get(day, 0))
+
+
+def _line_numbers(text: str) -> Iterator[int]:
+    """The number of each of `_lines` as an editor counts: some signs end a line of `splitlines` and none of a file."""
+    pieces = text.splitlines(keepends=True)
+    return (
+        accumulate((piece.endswith(("\n", "\r")) for piece in pieces[:-1]), initial=1) if pieces else iter(())
+    )
+
+
+def _place_in(row: Row, line: int) -> Place:
+    """The place of a line of the row's text: of a file of text that line, of any other the row."""
+    is_whole_file = row_suffix(Path(row.place.path)) in (".txt", ".md")
+    return replace(row.place, line=line) if is_whole_file else row.place
 
 
 def _lines(text: str) -> list[str]:

@@ -91,10 +91,13 @@ def told_configs(page: str, names: Sequence[str]) -> dict[str, Splits]:
     configs = told.get("configs") if isinstance(told, dict) else None
     found: dict[str, Splits] = {}
     for config in configs if isinstance(configs, list) else []:
-        if isinstance(config, dict) and config.get("data_files"):
-            prefix = f"{config['data_dir'].strip('/')}/" if isinstance(config.get("data_dir"), str) else ""
+        folder = config.get("data_dir") if isinstance(config, dict) else None
+        inside = folder.removeprefix("./").strip("/") if isinstance(folder, str) else ""
+        prefix = f"{inside}/" if inside not in ("", ".") else ""
+        if isinstance(config, dict) and (config.get("data_files") or isinstance(folder, str)):
             name = str(config.get("config_name") or DEFAULT)
-            found[name] = told_splits(config["data_files"], prefix, names)
+            files = config.get("data_files")
+            found[name] = told_splits(files, prefix, names) if files else _splits_in(prefix, names)
             if config.get("default") is True:
                 found.setdefault(DEFAULT, found[name])
     return found
@@ -115,6 +118,12 @@ def told_splits(files: Any, prefix: str, names: Sequence[str]) -> Splits:
         if chosen:
             splits.setdefault(ALIASES.get(str(split), str(split)), []).extend(chosen)
     return splits
+
+
+def _splits_in(prefix: str, names: Sequence[str]) -> Splits:
+    """The files of a folder, told by their names within it, as the hub does where a config names a folder alone."""
+    inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    return {split: [prefix + name for name in files] for split, files in _by_words(inside).items()}
 
 
 def fits(name: str, pattern: str) -> bool:
