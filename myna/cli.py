@@ -269,8 +269,8 @@ def exit_code(arguments: list[str]) -> int:
         return error.exit_code
     except _ClickError as error:
         context = getattr(error, "ctx", None)
-        cure = f"{context.command_path} --help" if context else "myna --help"
-        _tell(UsageError(error.format_message(), help=cure), as_json)
+        command = context.command_path if context else _command_in(arguments)
+        _tell(UsageError(error.format_message(), help=f"{command} --help"), as_json)
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has gone; nothing is left to say
@@ -286,6 +286,18 @@ def exit_code(arguments: list[str]) -> int:
         if as_json:
             print_json({"error": {"code": "bug", "message": repr(error), "where": None, "help": None}})
         return 1
+
+
+def _command_in(arguments: list[str]) -> str:
+    """The command that a command line names, for errors of the parser, which does not say whose option it was at."""
+    command, names = typer.main.get_command(app), ["myna"]
+    for argument in arguments:
+        below = getattr(command, "commands", {}).get(argument)
+        if below is None:
+            break
+        command = below
+        names.append(argument)
+    return " ".join(names)
 
 
 def _tell(error: MynaError, as_json: bool) -> None:

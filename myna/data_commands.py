@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -92,11 +93,16 @@ def check(
                 if len(files) > 1:
                     new_console().print(f"data.{name} {file}", style="bold", markup=False, highlight=False)
                 _print(review, kept[name])
-    if as_json:
-        found = {name: review.as_json() | {"quarantine": kept[name]} for name, review in reviews.items()}
-        print_json(found.pop("train") | ({"others": found} if found else {}))
     if html is not None:
         _write_page(html, reviews)
+    if as_json:
+        found = {name: review.as_json() | {"quarantine": kept[name]} for name, review in reviews.items()}
+        page = {"html": str(html)} if html else {}
+        print_json(found.pop("train") | ({"others": found} if found else {}) | page)
+    elif html is not None:
+        new_console().print(
+            f"{'page':<14}{one_line(str(html))}", markup=False, highlight=False, soft_wrap=True
+        )
     fails = on_bad_row == BadRow.fail
     if any(one.num_unskippable or (one.num_errors and (fails or not one.usable)) for one in reviews.values()):
         raise typer.Exit(DataError.exit_code)
@@ -177,16 +183,25 @@ def _stem(rows: Path) -> str:
 def _quarantine(
     faults: Sequence[DataError], stem: Path, on_bad_row: BadRow, told: Callable[[Any], Any]
 ) -> str | None:
-    """Writes the faulty rows; the file's path, None where nothing was to be written."""
+    """Writes the faulty rows; the file's path, None where nothing was to be written.
+
+    A file of that name which holds others stays, since the rows in it may be nowhere else: this one gets a number.
+    """
     if on_bad_row != BadRow.quarantine or not faults:
         return None
     from myna.data.quarantine import quarantine_lines
     from myna.data.sources import QUARANTINED
     from myna.run import write_text
 
-    path = stem.with_name(f"{stem.name}{QUARANTINED}")
-    write_text(path, "".join(told(line) for line in quarantine_lines(faults)))
-    return str(path)
+    text = "".join(told(line) for line in quarantine_lines(faults))
+    for ending in chain([""], (f"-{number}" for number in count(2))):
+        path = stem.with_name(f"{stem.name}{ending}{QUARANTINED}")
+        if not path.exists():
+            write_text(path, text)
+            return str(path)
+        if path.is_file() and path.read_bytes() == text.encode():
+            return str(path)
+    raise AssertionError("numbers do not end")
 
 
 def _kept_in(kept: str | None) -> str:

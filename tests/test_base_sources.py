@@ -232,3 +232,12 @@ def test_an_adapter_that_was_moved_finds_its_packaged_base(packaged: PackagedBas
     save_adapter(model, tmp_path / "moved", base_sha256=base.sha256)
     spec, found = adapter_base(tmp_path / "moved", None, lambda _: None)
     assert (spec, found.sha256) == ("tiny", packaged.gguf_sha256)
+
+
+def test_a_mistyped_packaged_name_is_mended() -> None:
+    with pytest.raises(ModelError) as caught:
+        resolve_base("smolm2-135m")
+    assert str(caught.value.help).startswith("did you mean smollm2-135m?")
+    with pytest.raises(ModelError) as caught:
+        resolve_base("gpt-5")
+    assert "did you mean" not in str(caught.value.help)

@@ -138,3 +138,46 @@ def test_ctrl_c_in_a_stage_says_how_to_go_on(
     code, error = one_error(myna, "data", "show", "recipe.yaml")
     assert code == 130
     assert error["code"] == "interrupted" and error["help"] == "the same command again goes on"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["data", "show", "recipe.yaml", "--rows"], "myna data show"),
+        (["data", "check", "orders.jsonl", "--set"], "myna data check"),
+        (["export", "x", "--quantize"], "myna export"),
+        (["data", "shw"], "myna data"),
+        (["--nothing"], "myna"),
+    ],
+)
+def test_a_wrong_option_points_to_the_help_of_its_command(
+    arguments: list[str], command: str, folder: Path, myna: Command
+) -> None:
+    done = myna(*arguments)  # what stands last lacks its value
+    assert done.returncode == 2 and done.stderr.endswith(f"help: {command} --help\n")
+
+
+def test_a_page_that_is_written_is_told(folder: Path, myna: Command) -> None:
+    done = myna("data", "check", "orders.jsonl", "--html", "found.html")
+    assert "found.html" in done.stdout.splitlines()[-1] and (folder / "found.html").is_file()
+    told = json.loads(myna("data", "check", "orders.jsonl", "--html", "again.html", "--json").stdout)
+    assert told["html"] == "again.html"
+
+
+def test_rows_that_were_set_aside_are_not_written_over(folder: Path, myna: Command) -> None:
+    """The rows of a quarantine may be nowhere else: another file's of the same name get a number."""
+    rows = folder / "orders.jsonl"
+    whole = rows.read_text()
+    rows.write_text(whole + '{"prompt": "only"}\n')
+    once = folder / "orders.quarantine.jsonl"
+    for _ in range(2):  # the same rows are the same file
+        assert (
+            "orders.quarantine.jsonl"
+            in myna("data", "check", "orders.jsonl", "--on-bad-row", "quarantine").stdout
+        )
+        assert [path.name for path in folder.glob("*quarantine*")] == [once.name]
+    kept = once.read_bytes()
+    rows.write_text(whole + '{"prompt": "another"}\n')
+    done = myna("data", "convert", "orders.jsonl", "-o", "orders.ndjson", "--on-bad-row", "quarantine")
+    assert "orders-2.quarantine.jsonl" in done.stdout
+    assert once.read_bytes() == kept and "another" in (folder / "orders-2.quarantine.jsonl").read_text()

@@ -189,7 +189,7 @@ def test_only_so_many_steps_are_laid_out(recipe: Recipe, monkeypatch: pytest.Mon
 
 def test_a_mix_that_is_no_list_is_told_with_its_line(folder: Path) -> None:
     (folder / "other.yaml").write_text("data:\n  train: orders.jsonl\n  mix: 3\n")
-    with pytest.raises(RecipeError, match=r"other\.yaml:3: data\.mix: input should be a valid list"):
+    with pytest.raises(RecipeError, match=r"other\.yaml:3: data\.mix is a list, not a number"):
         load_recipe(folder / "other.yaml")
 
 

@@ -137,3 +137,75 @@ def test_every_setting_has_a_description() -> None:
     assert len(lines) == len({key for key, _, _ in lines})
     assert all(description for _, _, description in lines)
     assert {key.split(".")[0] for key, _, _ in lines} == set(Recipe.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("train.learn_rate", "train.learning_rate"),
+        ("train.eopchs", "train.epochs"),
+        ("train.beta", "train.betas"),
+        ("train.batch", "train.batch_size"),
+        ("train.warmup", "train.warmup_steps"),
+        ("train.shedule", "train.schedule"),
+        ("train.max_length", "data.max_length"),
+        ("adapter.alfa", "adapter.alpha"),
+        ("adapter.droput", "adapter.dropout"),
+        ("data.sistem", "data.system"),
+        ("model.dtpye", "model.dtype"),
+        ("checkpoint.miror", "checkpoint.mirror"),
+        ("evaluate.max_row", "evaluate.max_rows"),
+        ("train.tools", None),
+        ("train.gpu", None),
+        ("train.device", None),
+        ("train.optimizer", None),
+        ("data.shuffle", None),
+        ("data.split", None),
+        ("adapter.rank", None),
+        ("adapter.bias", None),
+        ("evaluate.temperature", None),
+        ("export.gguf", None),
+    ],
+)
+def test_a_name_is_mended_only_where_it_is_near(tmp_path: Path, given: str, meant: str | None) -> None:
+    path = write(tmp_path, "data: {train: a.jsonl}\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, [f"{given}=1"])
+    block = given.partition(".")[0]
+    told = f"Did you mean {meant}?" if meant else f"Settings there: {block}."
+    assert f"{given} is not a setting. {told}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "model: name",
+            "model is a block of settings, not a text ('name'); write `model: {base: \"name\"}`.",
+        ),
+        (
+            "train: []",
+            "train is a block of settings, not a list; leave it out, or give settings of it: train.epochs,",
+        ),
+        ("data: {train: a.jsonl, mix: {}}", "data.mix is a list, not a block; write `mix: []`."),
+        ("data: {train: a.jsonl, mix: {train: b}}", 'write `mix: [{train: "b"}]`.'),
+        (
+            "data: {train: a.jsonl, mix: [b]}",
+            "each entry of data.mix is a block of settings, not a text ('b')",
+        ),
+        (
+            "export: {quantize: Q8_0}",
+            "export.quantize is a list, not a text ('Q8_0'); write `quantize: [\"Q8_0\"]`.",
+        ),
+    ],
+)
+def test_a_value_of_another_kind_is_told_with_the_line_to_write(tmp_path: Path, text: str, told: str) -> None:
+    path = write(tmp_path, text + ("" if text.startswith("data") else "\ndata: {train: a.jsonl}") + "\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert f"recipe.yaml:1: {told}" in str(caught.value) or told in str(caught.value)
+    assert "valid" not in str(caught.value) and "instance" not in str(caught.value)
+    pasted = str(caught.value).partition("write `")[2].partition("`")[0]
+    if pasted.startswith(("model", "quantize")):  # the cure is a line that loads
+        block = pasted if pasted.startswith("model") else f"export: {{{pasted}}}"
+        assert load_recipe(write(tmp_path, f"data: {{train: a.jsonl}}\n{block}\n"))

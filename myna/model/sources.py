@@ -5,6 +5,7 @@ The folder is Hugging Face's layout: config.json, *.safetensors, tokenizer.json,
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import os
@@ -24,6 +25,7 @@ from myna.model.hub import PREFIX, HubFiles, cached_repository, fetch_repository
 from myna.run import file_sha256, folder_files, new_directory, read_json, require_room, sync_dir, sync_file
 
 Say = Callable[[str], None]
+NEAR_NAME = 0.7  # how near a packaged name must be to be the one that was meant, by difflib's ratio
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,13 @@ def resolve_base(base: str, say: Say = lambda _: None, *, offline: bool = False)
         return model_folder(path)
     if path.suffix == ".gguf" and path.is_file():
         return from_gguf(path, say)
+    near = difflib.get_close_matches(base.lower(), PACKAGED, n=1, cutoff=NEAR_NAME)
+    meant = f"did you mean {near[0]}? A base is " if near else ""
     what = "there is no such file" if path.suffix == ".gguf" else "is no base model"
     raise ModelError(
         what,
         where=base,
-        help=f"a packaged name ({', '.join(PACKAGED)}), a Hugging Face folder, a .gguf file, or hf:org/name@revision",
+        help=f"{meant}a packaged name ({', '.join(PACKAGED)}), a Hugging Face folder, a .gguf file, or hf:org/name@revision",
     )
 
 
