@@ -11,7 +11,7 @@ from __future__ import annotations
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -29,11 +29,11 @@ from myna.model.hub import PREFIX, fetch_repository
 from myna.model.load import read_config
 from myna.model.sources import PACKAGED, BaseFiles, Say, model_folder, resolve_base
 from myna.prepare import LIBRARIES, save_tokenizer
-from myna.recipe import GivenData, GivenRecipe, recipe_yaml
+from myna.recipe import GivenData, GivenRecipe, Recipe, load_recipe, recipe_yaml
 from myna.run import RUNS_DIR, Run, file_sha256, new_directory, run_path, timestamp, write_json, write_text
 from myna.settings import DEFAULT_MAX_LENGTH, DataSettings, ModelSettings, RunSettings
 from myna.show import Show
-from myna.stored import is_whole, refuse_existing
+from myna.stored import is_adopted, is_whole, refuse_existing
 
 Kind = Literal["adapter", "model", "gguf"]
 # What a recipe says of training, which here nobody knows.
@@ -152,6 +152,28 @@ def adopted(
         raise UsageError(f"{flag} is for adapters and models that are no run yet; {target} is one")
     give_rows(run, rows, show.say)
     yield run
+
+
+def set_in_run(run: Run, overrides: Sequence[str], free: tuple[str, ...]) -> None:
+    """Writes `key=value` texts (`--set`) into the recipe that a run keeps, as `--resume` with them would.
+
+    `free` are settings, and blocks with a dot behind. UsageError for others, RecipeError for what is no setting or value.
+    """
+    if not overrides:
+        return
+    others = [text for text in overrides if not text.partition("=")[0].strip().startswith(free)]
+    if others:
+        raise UsageError(
+            f"--set {others[0]}: this stage has settings of {', '.join(free)} alone",
+            where=str(run.path),
+            help="a new run has others: myna run RECIPE --set run.name=NAME "
+            + " ".join(f"--set {text}" for text in others),
+        )
+    with lock_run(run):
+        is_given = is_adopted(run)
+        recipe = load_recipe(run.recipe_path, overrides, kind=GivenRecipe if is_given else Recipe)
+        write_text(run.recipe_path, recipe_yaml(recipe, without=OF_TRAINING if is_given else None))
+        run.record([run.recipe_path])
 
 
 def named_run(target: str) -> Run | None:

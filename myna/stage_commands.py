@@ -28,6 +28,11 @@ Rows = Annotated[
     Path | None, typer.Option(metavar="FILE", help="rows to measure on, where Myna did not train it")
 ]
 
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="a setting of this stage; the run keeps it"),
+]
+
 
 def merge(target: Target, base: Base = None, name: Name = None, as_json: AsJson = False) -> None:
     """Base + adapter → merged/, shown to be the same."""
@@ -52,6 +57,7 @@ def export(
     base: Base = None,
     name: Name = None,
     rows: Rows = None,
+    overrides: Overrides = None,
     adapter: Annotated[
         bool, typer.Option("--adapter", help="the adapter alone, to load beside a base")
     ] = False,
@@ -61,7 +67,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """merged/ → GGUF files, each proven to be the model before it gets its name."""
-    from myna.adopt import adopted
+    from myna.adopt import adopted, set_in_run
     from myna.export.adapter_stage import adapter_stage
     from myna.export.stage import export_stage, merge_stage, require_types
     from myna.run import read_json
@@ -69,6 +75,7 @@ def export(
 
     def work(show: Show) -> Mapping[str, Any]:
         with adopted(target, base=base, name=name, rows=rows, show=show) as run:
+            set_in_run(run, overrides or (), ("export.quantize", "export.importance"))
             if direct and is_whole(run):
                 raise UsageError("there is no adapter: leave --direct out", where=str(run.path))
             paths = {}
@@ -95,11 +102,12 @@ def evaluate(
     base: Base = None,
     name: Name = None,
     rows: Rows = None,
+    overrides: Overrides = None,
     again: Annotated[bool, typer.Option("--again", help="answer every row again")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Base, tuned and every exported file on the same held-out rows; writes evaluation.json and report.html."""
-    from myna.adopt import adopted
+    from myna.adopt import adopted, set_in_run
     from myna.evaluate.stage import evaluate_stage
     from myna.export.stage import merge_stage
     from myna.given_rows import require_rows
@@ -109,6 +117,7 @@ def evaluate(
     def work(show: Show) -> Mapping[str, Any]:
         with adopted(target, base=base, name=name, rows=rows, show=show) as run:
             require_rows(run, target)
+            set_in_run(run, overrides or (), ("evaluate.",))
             if not is_whole(run):
                 merge_stage(run, show=show)
             evaluate_stage(run, show=show, again=again)

@@ -20,7 +20,9 @@ HEAD = """# The recipe
 Every setting with its default. Made by `scripts/make_docs.py` from `myna/recipe.py`.
 
 YAML 1.2 (`2e-4` is a number, `no` is a text). Unknown keys are refused with line and nearest name. Paths count from the
-recipe's folder; `--set KEY=VALUE` overrides any setting, and its paths count from the current folder. `myna init FILE`
+recipe's folder; `--set KEY=VALUE` overrides any setting, and its paths count from the current folder. Of a run that is there
+`myna evaluate` takes `--set evaluate.…`, `myna export` `--set export.quantize` and `export.importance`, and the run keeps
+them; `merge`, `verify` and `chat` take none. `myna init FILE`
 writes a recipe with all of this as comments; the run keeps the resolved one, every default written out.
 """
 

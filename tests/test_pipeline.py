@@ -13,6 +13,8 @@ import tiny
 import torch
 from conftest import Command
 
+from myna.recipe import load_recipe
+
 
 def prepared(folder: Path, base: Path, **blocks: dict[str, Any]) -> None:
     train = tiny.write_rows(folder / "orders.jsonl", tiny.rows(60))
@@ -263,6 +265,25 @@ def test_stages_one_by_one_and_talk_before_any_export(tmp_path: Path, tiny_base:
         "chat", "runs/orders/gguf/orders-Q8_0.gguf", "--once", "red lamp", "--max-tokens", "4"
     )
     assert through_file.returncode == 0, through_file.stderr
+    recipe = Path("runs/orders/recipe.yaml")
+    shorter = myna("evaluate", "orders", "--set", "evaluate.max_tokens=2", "--json")
+    assert shorter.returncode == 0, shorter.stderr
+    assert load_recipe(recipe).evaluate.max_tokens == 2
+    assert json.loads(Path("runs/orders/evaluation.json").read_text())["max_tokens"] == 2
+    more = myna("export", "orders", "--set", "export.quantize=[F32]", "--json")
+    assert "F32" in json.loads(more.stdout)["files"] and load_recipe(recipe).export.quantize == ["F32"]
+    told = recipe.read_text()
+    for command, setting in (
+        ("evaluate", "train.epochs=9"),
+        ("export", "export.dtype=f16"),
+        ("export", "export=1"),
+    ):
+        refused = myna(command, "orders", "--set", setting)
+        assert refused.returncode == 2 and "this stage has settings of" in refused.stderr
+    assert myna("evaluate", "orders", "--set", "evaluate.max_tokns=2").returncode == 2
+    assert recipe.read_text() == told
+    verified = myna("verify", "orders", "--json")
+    assert verified.returncode == 0, verified.stdout
 
 
 def test_scores_of_a_known_difference() -> None:
