@@ -205,7 +205,7 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "a quote that is not closed": Fault(
         "D005",
-        "broken cell in the record that starts here",
+        "the rest of the file is not read",
         "close every quote",
         {CSV: Planted(as_csv(PAIRS) + b'q,"a\nand on\n', ":7")} | CSV_ALONE,
     ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import weakref
+from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -43,8 +44,9 @@ class _View(Sequence[Conversation]):
             return Chosen(self, array("Q", range(*index.indices(len(self)))))
         return self._one(range(len(self))[index])
 
+    @abstractmethod
     def _one(self, number: int) -> Conversation:
-        raise NotImplementedError
+        """The conversation of this number, at least 0 and less than how many there are."""
 
 
 class Spool(_View):

@@ -68,7 +68,6 @@ def test_light_modules_load_nothing_heavy() -> None:
         pytest.fail(str({line: names for line, names in culprits.items() if names}))
 
 
-@pytest.mark.skipif("cli" not in NAMES, reason="there is no command line yet")
 def test_help_loads_nothing_heavy() -> None:
     code = (
         "import contextlib, io, runpy\n"

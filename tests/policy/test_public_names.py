@@ -41,7 +41,6 @@ def test_importing_the_package_imports_none_of_it() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.skipif(not README.exists(), reason="there is no README.md yet")
 def test_the_readme_lists_exactly_these() -> None:
     assert documented_names(README.read_text(encoding="utf-8")) == set(myna.__all__)
 

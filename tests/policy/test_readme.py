@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from source_tree import NAMES, ROOT
+from source_tree import ROOT
 
 README = ROOT / "README.md"
 PAGES = [
@@ -17,8 +17,6 @@ PAGES = [
     for page in (README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
     if page.exists()
 ]
-
-pytestmark = pytest.mark.skipif("cli" not in NAMES, reason="there is no command line yet")
 
 
 def command_lines(page: str) -> Iterator[tuple[int, str]]:
@@ -82,7 +80,6 @@ def test_the_commands_exist(page: Path) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.skipif(not README.exists(), reason="there is no README.md yet")
 def test_the_readme_shows_commands() -> None:
     assert len(list(command_lines(README.read_text(encoding="utf-8")))) >= 3
 
