@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -123,6 +124,25 @@ def test_the_steps_from_one_on_are_those_of_the_whole_run(recipe: Recipe, order:
     again = prepare(recipe, run_of(recipe), lambda _: None)
     for first in (2, 7, 8, 21):
         assert [numbers_of(step) for step in planned_steps(again, first)] == whole[first - 1 :]
+
+
+def test_to_begin_anywhere_plans_one_epoch_alone(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However far in: the epochs before are not gone through."""
+    import myna.steps
+
+    settings = recipe.train.model_copy(update={"epochs": 1000})
+    recipe = recipe.model_copy(update={"train": settings})
+    prepared = prepare(recipe, run_of(recipe), lambda _: None)
+    planned: list[int] = []
+    honest = myna.steps.epoch_packs
+
+    def watched(*arguments: Any, epoch: int) -> Any:
+        planned.append(epoch)
+        return honest(*arguments, epoch=epoch)
+
+    monkeypatch.setattr(myna.steps, "epoch_packs", watched)
+    step, epoch, _ = next(planned_steps(prepared, 6994))
+    assert (step, epoch, planned) == (6994, 999, [999])
 
 
 def numbers_of(step: tuple[int, int, list[list[Example]]]) -> tuple[int, int, list[list[str]]]:
