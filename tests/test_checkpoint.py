@@ -306,3 +306,33 @@ def test_nothing_in_it_is_pickled(tmp_path: Path) -> None:
     names = sorted(path.name for path in (tmp_path / "step-000001").iterdir())
     assert names == ["MANIFEST.json", "adapter.safetensors", "optimizer.safetensors", "state.json"]
     assert read_snapshot(tmp_path / "step-000001").states["scale"] == State()
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No power cut can be made here, so the order is looked at: files, manifest, folder, the name, the folder above."""
+    calls: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        calls.append(
+            ("sync", "folder" if path.name.startswith(".tmp-step") else path.name.removeprefix(".tmp-"))
+        )
+        fsync(descriptor)
+
+    def renamed(source: Any, target: Any) -> None:
+        calls.append(("name", Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    saved(tmp_path / "checkpoints", 1)
+    named = calls.index(("name", "step-000001"))
+    manifest = calls.index(("sync", MANIFEST))
+    for name in ("adapter.safetensors", "optimizer.safetensors", "state.json"):
+        assert calls.index(("sync", name)) < manifest, "the manifest is written last"
+    assert calls.index(("name", MANIFEST)) < named
+    assert calls[named - 1] == ("sync", "folder"), "the last before the name"
+    assert calls[named + 1] == ("sync", "checkpoints")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,31 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         (folder / "b").write_text("2")
     assert [path.name for path in target.iterdir()] == ["b"]
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_directory_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        calls.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def renamed(source: object, target: object) -> None:
+        calls.append(f"named {Path(str(target)).name}")
+        replace(source, target)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    with new_directory(tmp_path / "made") as folder:
+        (folder / "below").mkdir()
+        (folder / "below" / "a").write_text("a")
+        (folder / "b").write_text("b")
+    named = calls.index("named made")
+    assert sorted(calls[: named - 1]) == ["a", "b", "below"] and calls.index("a") < calls.index("below")
+    assert calls[named - 1].startswith(".tmp-made") and calls[named + 1] == tmp_path.name
 
 
 def test_text_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> None:

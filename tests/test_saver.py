@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -214,6 +215,28 @@ def test_three_times_in_a_row_ends_the_run_and_it_goes_on_when_there_is_room(
     run, _ = trained(recipe, resume=True)
     assert adapter_bytes(run) == adapter_bytes(straight)
     assert [line["step"] for line in read_lines(run.metrics_path)] == list(range(1, 19))
+
+
+def test_metrics_are_on_the_disk_before_the_checkpoint_that_counts_them(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        calls.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def renamed(source: Any, target: Any) -> None:
+        calls.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    trained(recipe)
+    named = [calls.index(f"step-{step:06d}") for step in (3, 6, 9)]
+    for before, after in itertools.pairwise([0, *named]):
+        assert "metrics.jsonl" in calls[before:after]
 
 
 def test_the_last_chance_is_told_at_once(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
