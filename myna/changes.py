@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from myna.checkpoint import list_checkpoints, step_of
 from myna.errors import RecipeError
+from myna.plan import plan_of
+from myna.recipe import build_recipe
 from myna.run import Run, timestamp, write_json
 
 # Settings that a resumed run may change: they do not touch what is trained.
@@ -54,8 +56,11 @@ class Made:
 
 
 def made_from_json(manifest: Mapping[str, Any]) -> Made:
-    """Reads back what `as_json` wrote."""
-    recipe, plan = manifest["recipe"]["settings"], manifest["plan"]["entries"]
+    """Reads back what `as_json` wrote. What an older Myna did not know has its default; errors as those who read it."""
+    recipe = build_recipe(manifest["recipe"]["settings"], where="the checkpoint's recipe").model_dump(
+        mode="json"
+    )
+    plan = asdict(plan_of(manifest["plan"]["entries"], where="the checkpoint's plan"))
     return Made(recipe, manifest["base"], manifest["data"], plan)
 
 

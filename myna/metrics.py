@@ -131,8 +131,10 @@ class MetricsLog:
     def _write(self) -> str | None:
         try:
             with self.path.open("ab") as file:
+                # what a full disk took of a line goes; a file that somebody made shorter is not filled up with zeros
+                self.num_bytes = min(self.num_bytes, os.fstat(file.fileno()).st_size)
                 if self._waiting:
-                    file.truncate(self.num_bytes)  # what a full disk took of a line
+                    file.truncate(self.num_bytes)
                     file.write(b"".join(self._waiting))
         except OSError as error:
             return error.strerror or str(error)

@@ -21,6 +21,7 @@ from myna.checkpoint import (
     find_newest,
     list_checkpoints,
     read_manifest,
+    read_snapshot,
     step_of,
     verify_checkpoint,
 )
@@ -42,7 +43,7 @@ class Mirror:
             folder.mkdir(parents=True, exist_ok=True)
             copy_checkpoint(checkpoint, folder)
             for path in (run.metrics_path, run.recipe_path):
-                shutil.copyfile(path, self.folder / path.name)
+                _copy_file(path, self.folder / path.name)
             kept = {path.name for path in list_checkpoints(run.checkpoints_dir)}
             for old in list_checkpoints(folder):
                 if old.name not in kept:
@@ -107,6 +108,17 @@ def copy_checkpoint(source: Path, folder: Path) -> None:
     fault = verify_checkpoint(target)
     if fault:
         raise CheckpointError(f"the copy is not what was saved ({fault})", where=str(target))
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    """A file that is replaced as a whole, where the drive can do that."""
+    temporary = target.with_name(f".tmp-{target.name}")
+    shutil.copyfile(source, temporary)
+    try:
+        os.replace(temporary, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        temporary.unlink(missing_ok=True)
 
 
 def _copy_files(source: Path, target: Path) -> None:
@@ -195,14 +207,28 @@ def bring_in(run: Run, taken: Taken, say: Say) -> None:
             where=str(run.path),
             help="--resume goes on from it; with --set run.name=NAME the old one begins another run",
         )
-    target = run.checkpoints_dir / taken.path.name
-    if target.resolve() != taken.path.resolve():
-        with new_directory(target) as temporary:
-            for name in (*taken.manifest["files"], MANIFEST):
-                shutil.copyfile(taken.path / name, temporary / name)
-        fault = verify_checkpoint(target)
-        if fault:
-            raise CheckpointError(f"the copy of {taken.path} is damaged: {fault}", where=str(target))
+    best = _best_beside(taken)
+    for path in (*([best] if best else []), taken.path):  # the one to go on from last: with it the run can
+        _take_in(run, path)
     if taken.metrics_path is not None and not run.metrics_path.exists():
         shutil.copyfile(taken.metrics_path, run.metrics_path)
-    say(f"took {taken.path.name} from {taken.path.parent}")
+    say(f"took {taken.path.name} from {taken.path.parent}" + (f", and {best.name}, the best" if best else ""))
+
+
+def _best_beside(taken: Taken) -> Path | None:
+    """The checkpoint with the best validation loss up to then, where it is another one and is there."""
+    best_step = read_snapshot(taken.path).states["progress"].facts.get("best_step")
+    beside = [path for path in list_checkpoints(taken.path.parent) if step_of(path) == best_step]
+    return next((path for path in beside if path != taken.path and verify_checkpoint(path) is None), None)
+
+
+def _take_in(run: Run, source: Path) -> None:
+    target = run.checkpoints_dir / source.name
+    if target.resolve() == source.resolve():
+        return
+    with new_directory(target) as temporary:
+        for name in (*read_manifest(source)["files"], MANIFEST):
+            shutil.copyfile(source / name, temporary / name)
+    fault = verify_checkpoint(target)
+    if fault:
+        raise CheckpointError(f"the copy of {source} is damaged: {fault}", where=str(target))

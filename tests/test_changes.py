@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from myna.checkpoint import list_checkpoints, read_manifest
 from myna.errors import RecipeError
 from myna.metrics import read_lines
 from myna.pipeline import run_recipe, train_stage
+from myna.plan import FrozenPlan
 from myna.recipe import Recipe, build_recipe, load_recipe
 from myna.run import Run, read_json, write_json
 from myna.show import Show
@@ -23,7 +25,9 @@ from myna.verify import verify_run
 SETTINGS = build_recipe({"data": {"train": "a.jsonl"}}).model_dump(mode="json")
 BASE = {"name": "smollm2-135m", "sha256": "b", "config_sha256": "c"}
 DATA = {"train": {"sha256": "d", "rows": 40, "path": "/here/a.jsonl"}}
-PLAN = {"threads": 2, "dtype": "fp32", "num_steps": 10, "kernels_reason": ""}
+PLAN = asdict(
+    FrozenPlan("cpu", "fp32", 2, "fast", "", 1024, num_rows=40, num_steps=10, kernels_reason="none is here")
+)
 MADE = Made(SETTINGS, BASE, DATA, PLAN)
 
 
@@ -105,6 +109,14 @@ def test_it_goes_through_json(tmp_path: Path) -> None:
     kept = json.loads(json.dumps(MADE.as_json()))
     assert differences(made_from_json(kept), MADE) == [] and set(kept) == {"recipe", "plan", "base", "data"}
     assert all(len(kept[part]["sha256"]) == 64 for part in ("recipe", "plan"))
+
+
+def test_what_an_older_version_did_not_know_has_its_default() -> None:
+    """A setting and an entry of a plan that came later are no change."""
+    kept = json.loads(json.dumps(MADE.as_json()))
+    del kept["recipe"]["settings"]["train"]["betas"], kept["recipe"]["settings"]["checkpoint"]
+    del kept["plan"]["entries"]["widen"], kept["plan"]["entries"]["products"]
+    assert differences(made_from_json(kept), MADE) == []
 
 
 def test_every_change_is_told_at_once(tmp_path: Path) -> None:

@@ -101,6 +101,22 @@ def test_a_run_goes_on_elsewhere_from_the_mirror_alone(
     assert names_in(tmp_path / "drive/orders/checkpoints")[-1] == "step-000009"
 
 
+def test_the_best_comes_along(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is older than all that the run keeps otherwise, and becomes the adapter at the end."""
+    losses = iter([0.1, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5])
+    monkeypatch.setattr("myna.train.validation_loss", lambda *_: next(losses))
+    recipe = changed(changed(recipe, "data", validation_fraction=0.2), "checkpoint", adapter="best")
+    recipe = changed(recipe, "train", save_every_steps=1, keep_checkpoints=1)
+    stopped_after(recipe, 5)
+    assert names_in(tmp_path / "drive/orders/checkpoints") == ["step-000001", "step-000005"]
+    shutil.rmtree("runs/orders")
+    run, said = trained(recipe, resume_from=tmp_path / "drive")
+    assert any("and step-000001, the best" in sentence for sentence in said)
+    assert names_in(run.checkpoints_dir) == ["step-000001", "step-000007"]
+    assert names_in(tmp_path / "drive/orders/checkpoints") == ["step-000001", "step-000007"]
+    assert "the adapter is that of step 1" in said[-1]
+
+
 @pytest.mark.parametrize("place", ["drive", "drive/orders", "drive/orders/checkpoints", "runs/orders", "one"])
 def test_what_resume_from_may_name(recipe: Recipe, tmp_path: Path, place: str) -> None:
     stopped_after(recipe, 5)

@@ -311,6 +311,14 @@ def test_lines_of_metrics_wait_for_room(tmp_path: Path, monkeypatch: pytest.Monk
     assert log.num_bytes == path.stat().st_size
 
 
+def test_a_file_of_metrics_that_somebody_removed_is_begun_again(tmp_path: Path) -> None:
+    log, path = MetricsLog(tmp_path / "metrics.jsonl"), tmp_path / "metrics.jsonl"
+    log.add({"step": 1})
+    path.unlink()
+    log.add({"step": 2})
+    assert path.read_text() == '{"step": 2}\n' and log.num_bytes == path.stat().st_size
+
+
 def written(path: Path, *lines: dict[str, Any]) -> int:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path.stat().st_size
