@@ -122,9 +122,9 @@ def tidy(folder: Path) -> None:
 
 def _remove(path: Path) -> None:
     """What can be removed of it; something may have been faster, or hold it."""
-    shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):
-        path.unlink()
+        shutil.rmtree(path, ignore_errors=True)
+        path.unlink(missing_ok=True)
 
 
 def leftovers(folder: Path) -> list[Path]:
