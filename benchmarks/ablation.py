@@ -26,7 +26,7 @@ from _children import run_child  # noqa: E402
 from _laps import BASE, BATCH_SIZE, MAX_LENGTH  # noqa: E402
 from _machine import RESULTS_DIR, commit, load_average, machine, say, shown_command, today, versions  # noqa: E402
 
-from myna.engine.threads import BRIEF_SPIN, fast_in_bfloat16, usable_cores  # noqa: E402
+from myna.engine.threads import BRIEF_SPIN, fast_in_bfloat16, fast_in_int8, usable_cores  # noqa: E402
 
 NUM_WARM = 2
 
@@ -66,6 +66,8 @@ VARIANTS: Mapping[str, Variant] = {
     "default-spin": _variant("OpenMP spins as it does by default", variables={}),
     "passive": _variant("OpenMP does not spin at all", variables={"OMP_WAIT_POLICY": "PASSIVE"}),
     "int8": _variant("int8 base", int8=True),
+    "int8-narrow": _variant("int8 base, products in integers", int8=True, int8_products="int8"),
+    "int8-wide": _variant("int8 base, products in fp32", int8=True, int8_products="fp32"),
     "int8-torch": _variant("int8 base, torch kernels", int8=True, kernels="torch"),
 }
 
@@ -86,6 +88,7 @@ class Lap:
     trimmed: bool = False
     checkpoint_layers: int = 0
     int8: bool = False
+    int8_products: str = "int8" if fast_in_int8() else "fp32"
     dropout: float = 0.0
 
 
@@ -162,6 +165,7 @@ def run_lap(lap: Lap, arguments: argparse.Namespace) -> dict[str, float]:
         lap.path,  # type: ignore[arg-type]
         kernels=choose_kernels(lap.kernels, threads, widen=lap.widen, products=lap.products),  # type: ignore[arg-type]
         quantize_with=collate(steps[0], share=True) if lap.int8 else None,
+        int8_products=lap.int8_products,  # type: ignore[arg-type]
         checkpoint_layers=lap.checkpoint_layers,
     )
     if lap.ungrouped:

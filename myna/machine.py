@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from myna.engine.compiler import NotNative, compile_cure, find_compiler
-from myna.engine.threads import fast_in_bfloat16, usable_cores
+from myna.engine.threads import fast_in_bfloat16, fast_in_int8, usable_cores
 from myna.model.sources import cache_dir
 
 Status = Literal["ok", "warn", "missing"]
@@ -87,10 +87,10 @@ def check_abilities(cpuinfo: str) -> Finding:
         cure = "a machine with AVX2 (x86 since 2013) or NEON trains and answers several times faster"
         return Finding("abilities", "warn", "the cores have neither AVX2 nor NEON", found, cure)
     dtype = "bf16" if fast_in_bfloat16(cpuinfo) else "fp32"
-    why = " (these cores are slower in bf16)" if dtype == "fp32" and "avx512_bf16" in found else ""
-    dtype = "bf16" if fast_in_bfloat16(cpuinfo) else "fp32"
     why = " (they are slower in bf16)" if dtype == "fp32" and "avx512_bf16" in found else ""
     text = f"{', '.join(found)}; on these cores training computes in {dtype} by default{why}"
+    if not fast_in_int8(cpuinfo):
+        text += ", and multiplies int8 weights in fp32 (they are slow at integers)"
     return Finding("abilities", "ok", text, found)
 
 

@@ -16,6 +16,7 @@ from myna.data.packing import num_steps_an_epoch
 from myna.engine.compiler import NotNative
 from myna.engine.estimate import BYTES, BaseShape, base_shape, estimate_memory
 from myna.engine.flex import COMPILER_PACKAGE, flex_missing
+from myna.engine.frozen import Int8Products
 from myna.engine.kept import PlaceName
 from myna.engine.kernels import Kernels
 from myna.engine.loss import chunk_tokens
@@ -30,7 +31,7 @@ from myna.engine.step import (
     choose_kernels,
     choose_path,
 )
-from myna.engine.threads import fast_in_bfloat16, usable_cores
+from myna.engine.threads import fast_in_bfloat16, fast_in_int8, usable_cores
 from myna.errors import MachineError, RecipeError, UsageError
 from myna.recipe import Recipe
 from myna.run import read_json
@@ -66,6 +67,7 @@ class FrozenPlan:
     round_tokens: int = 64
     widen: bool = False  # products of narrower weights in float32
     products: ProductsName = "torch"  # who widens and multiplies them
+    int8_products: Int8Products = "int8"  # what int8 weights are multiplied in
     head_tokens: int | None = (
         None  # target tokens that the head projects at a time; None: as the engine has it
     )
@@ -87,7 +89,9 @@ class FrozenPlan:
             }[self.kernels]
         if self.widen:
             yield f"weights are kept in {self.dtype} and multiplied in fp32, which this CPU does faster"
-        if self.quantize != "none":
+        if self.quantize != "none" and self.int8_products == "fp32":
+            yield f"the frozen base is kept as {self.quantize} and multiplied in fp32, which this CPU does faster"
+        elif self.quantize != "none":
             yield f"the frozen base is kept and multiplied as {self.quantize}"
         if self.checkpoint_layers:
             every = "every layer" if self.checkpoint_layers == 1 else f"every {self.checkpoint_layers} layers"
@@ -114,6 +118,7 @@ class Machine:
     cores: int
     fast_bf16: bool
     total_memory_mb: float
+    fast_int8: bool
 
 
 def this_machine() -> Machine:
@@ -125,7 +130,7 @@ def this_machine() -> Machine:
     fast_bf16 = (
         torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else fast_in_bfloat16()
     )
-    return Machine(device, usable_cores(), fast_bf16, round(total_memory_mb(device)))
+    return Machine(device, usable_cores(), fast_bf16, round(total_memory_mb(device)), fast_in_int8())
 
 
 def freeze_plan(
@@ -153,6 +158,7 @@ def freeze_plan(
     place = "device" if (settings.checkpoint_to, machine.device) == ("cpu", "cpu") else settings.checkpoint_to
     _refuse_place(settings.checkpoint_to, settings.gradient_checkpointing, path, reason)
     widen = path == "fast" and machine.device == "cpu" and dtype != "fp32" and not machine.fast_bf16
+    int8_products: Int8Products = "fp32" if quantize == "int8" and not machine.fast_int8 else "int8"
 
     def needed_mb(checkpoint_layers: int) -> float:
         return estimate_memory(
@@ -168,6 +174,7 @@ def freeze_plan(
             checkpoint_layers=checkpoint_layers,
             checkpoint_to=place,
             widen=widen,
+            int8_products=int8_products,
         ).total
 
     asked = settings.gradient_checkpointing
@@ -193,6 +200,7 @@ def freeze_plan(
         round_tokens=ROUND_TOKENS,
         widen=widen,
         products="native" if widen and kernels == "native" else "torch",
+        int8_products=int8_products,
         head_tokens=chunk_tokens(shape.vocabulary, BYTES[dtype]),
         memory_mb=round(needed_mb(checkpoint_layers)),
         total_memory_mb=machine.total_memory_mb,

@@ -163,6 +163,7 @@ def _load(prepared: Prepared) -> tuple[Any, Stepper, FlatAdapter]:
         plan.path,
         kernels=kernels,
         quantize_with=first_pack(prepared) if plan.quantize == "int8" else None,
+        int8_products=plan.int8_products,
         checkpoint_layers=plan.checkpoint_layers,
         round_tokens=plan.round_tokens,
         head_tokens=plan.head_tokens,
@@ -188,8 +189,11 @@ def _product_peak(plan: FrozenPlan) -> float | None:
     """What the machine's products reach in the format that they are done in, in FLOP/s; None off the fast path."""
     if plan.path != "fast":
         return None
-    narrow = "int8" if plan.quantize == "int8" else plan.dtype
-    return _measured_peak("fp32" if plan.widen and narrow != "int8" else narrow, plan.threads, plan.device)
+    if plan.quantize == "int8":
+        dtype: str = plan.int8_products
+    else:
+        dtype = "fp32" if plan.widen else plan.dtype
+    return _measured_peak(dtype, plan.threads, plan.device)
 
 
 @functools.cache

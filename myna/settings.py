@@ -43,7 +43,8 @@ class ModelSettings(Section):
         "and fp32 on a CPU, which is slow at fp16",
     )
     quantize: Literal["none", "int8"] = Field(
-        "none", description="storage of the frozen base: none · int8 (one byte a weight, and faster)"
+        "none",
+        description="storage of the frozen base: none · int8 (one byte a weight; faster where the CPU has VNNI)",
     )
 
 

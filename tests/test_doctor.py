@@ -124,12 +124,16 @@ def test_a_version_that_is_too_old_is_no_missing_package() -> None:
         ),
         ("Features\t: fp asimd bf16 i8mm\n", "ok", ["neon", "arm_bf16", "arm_i8mm"], "in fp32 by default"),
         ("", "warn", [], "neither"),
+        ("flags : avx2 avx_vnni\n", "ok", ["avx2", "avx512_vnni"], "in fp32 by default"),
+        ("flags : avx2 avx512f\n", "ok", ["avx2", "avx512"], "int8 weights in fp32"),
     ],
 )
 def test_what_the_cores_can_do(cpuinfo: str, status: str, abilities: list[str], words: str) -> None:
     finding = check_abilities(cpuinfo)
     assert (finding.status, finding.value) == (status, abilities)
     assert words in finding.text
+    told = "multiplies int8 weights in fp32" in finding.text
+    assert told == (status == "ok" and "avx512_vnni" not in abilities)
     assert {*abilities} <= ABILITIES.keys()
 
 

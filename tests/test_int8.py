@@ -220,7 +220,7 @@ def test_layer_by_layer_is_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         decoder, "give_back_memory", lambda: left.append(sum(ref() is not None for ref in dense))
     )
-    monkeypatch.setattr(decoder, "Int8Weight", Counted)
+    monkeypatch.setitem(decoder.INT8_WEIGHTS, "int8", Counted)
     parts.decoder.quantize_int8(batch)
     for group, weight in zip(parts.decoder.groups(), expected, strict=True):
         assert isinstance(group.frozen, Int8Weight)

@@ -190,9 +190,13 @@ MISCOMPILED = {
     "blocks of ranks": ("native_low_rank.h", "MAX(*end, b[3])", "b[3] - 1", "dequantize"),
     "a column's own block": ("native_low_rank.h", "at < b[1]", "at + 1 < b[1]", "dequantize"),
     "rows of a product": ("native_products.h", "MIN(t + r, a->T - 1)", "MIN(t + r, a->T - 2)", "product of 700"),
-    "parts of a product": ("native_products.h", "part < a->K ? (t - first) * PANEL : 0", "0", "product of 700"),
+    "parts of a product": ("native_products.h", "kept ? (t - first) * PANEL : 0", "0", "product of 700"),
     "panels of a product": ("native_products.h", "(at + v * VW + r) * a->ldw", "(at + r) * a->ldw", "product of 700"),
     "a product, back": ("native_products.h", "a->w + k * a->ldw + at", "a->w + k * a->ldw", "product of 700, back"),
+    "panels of int8": ("native_products.h", "(first + r) * a->ldw", "r * a->ldw", "int8 product of 700 in float32"),
+    "scales of int8": ("native_products.h", " * GETF(a->fold + i, m)", "", "int8 product of 700 in float32"),
+    "int8, back": ("native_products.h", "(k + i) * a->ldw", "i * a->ldw", "int8 product of 53 in float32, back"),
+    "ranks beside int8": ("native_products.h", "whole(a->K) + low;", "whole(a->K);", "int8 product of 700 in float32"),
     "a sign of the rotation": ("native_attention.h", "(cos + half + i) +", "(cos + half + i) -", "attention"),
 }  # fmt: skip
 

@@ -34,7 +34,7 @@ from myna.plan import (
 )
 from myna.recipe import Recipe, build_recipe
 
-MACHINE = Machine(device="cpu", cores=3, fast_bf16=True, total_memory_mb=8_000)
+MACHINE = Machine(device="cpu", cores=3, fast_bf16=True, total_memory_mb=8_000, fast_int8=True)
 LENGTHS = (90, 40, 12, 77, 5, 130)
 
 
@@ -97,6 +97,23 @@ def test_narrow_weights_are_multiplied_in_float32_where_the_cpu_is_slower_in_the
     tight = plan(replace(slow, total_memory_mb=0.1))
     assert (tight.dtype, tight.widen) == ("bf16", True)
     assert plan(replace(slow, total_memory_mb=0.1), train={"packed": False}).dtype == "fp32"
+
+
+def test_int8_weights_are_multiplied_in_float32_where_the_cpu_is_slow_at_integers() -> None:
+    asked, slow = {"quantize": "int8"}, replace(MACHINE, fast_int8=False)
+    fast, widened = plan(model=asked), plan(slow, model=asked)
+    assert (fast.int8_products, widened.int8_products) == ("int8", "fp32")
+    assert "kept and multiplied as int8" in " | ".join(fast.sentences())
+    assert "kept as int8 and multiplied in fp32" in " | ".join(widened.sentences())
+    assert (
+        plan(slow).int8_products == "int8" and plan(slow) == plan()
+    )  # who asks for no int8 is not concerned
+
+
+def test_the_machine_s_word_about_integers_is_one_function_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fast in (True, False):
+        monkeypatch.setattr(myna.plan, "fast_in_int8", lambda fast=fast: fast)
+        assert this_machine().fast_int8 is fast
 
 
 def test_a_file_that_is_seen_twice_may_have_its_longest_row_in_a_step_twice() -> None:
@@ -272,6 +289,7 @@ def test_a_plan_is_read_back_and_an_older_one_too(tmp_path: Path) -> None:
         64,
     )
     assert len(list(read.sentences())) == 2
+    assert read.int8_products == "int8"  # one that was begun with integers goes on with them
     path.write_text(json.dumps(old | {"moons": 3}))
     with pytest.raises(MachineError, match="moons"):
         read_plan(path)
@@ -304,6 +322,23 @@ def test_the_estimate_is_told_where_inputs_wait_and_what_is_widened(monkeypatch:
     plan(train=train)
     plan(replace(MACHINE, fast_bf16=False), model={"dtype": "bf16"}, train=train)
     assert set(told) == {("disk", False), ("disk", True)}
+
+
+def test_int8_multiplied_in_float32_takes_as_much_a_token_as_widened_weights() -> None:
+    """And one byte a weight all the same."""
+    shape = base_shape(tiny_families.family_config("llama", 400, num_hidden_layers=30))
+    given: dict[str, Any] = {"dtype": "bf16", "rank": 16, "tokens": 1000, "fast": True, "native": True}
+    given |= {"checkpoint_layers": 0}
+    wide, integers, widened = (
+        estimate_memory(shape, **given, **how)
+        for how in (
+            {"quantize": "none", "widen": True},
+            {"quantize": "int8"},
+            {"quantize": "int8", "int8_products": "fp32"},
+        )
+    )
+    assert widened.weights == integers.weights < wide.weights
+    assert widened.temporaries == wide.temporaries != integers.temporaries
 
 
 def test_inputs_that_wait_elsewhere_are_not_in_the_estimate() -> None:

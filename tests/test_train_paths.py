@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 import myna.engine.step
 import myna.ready
@@ -115,7 +116,7 @@ def test_every_way_is_the_same_run(recipe: Recipe, way: str) -> None:
     assert ("train.packed is false" in told) == ("unpacked" in way)
     assert ("gradient checkpointing: every" in told) == ("again" in way)
     assert ("inputs on disk" in told) == ("disk" in way)
-    assert ("multiplied as int8" in told) == (way == "int8")
+    assert ("the frozen base is kept" in told) == (way == "int8")
     line = json.loads(run.metrics_path.read_text().splitlines()[0])
     assert (line["share_of_peak"] is None) == ("unpacked" in way)
 
@@ -127,17 +128,58 @@ def stopping_after(step: int) -> Iterator[int | None]:
 
 
 @pytest.mark.parametrize(
-    ("quantize", "packed"), [("int8", True), pytest.param("none", False, marks=pytest.mark.slow)]
+    ("quantize", "packed", "integers"),
+    [
+        ("int8", True, True),
+        ("int8", True, False),
+        pytest.param("none", False, True, marks=pytest.mark.slow),
+    ],
 )
-def test_stopped_and_resumed_is_not_stopped(recipe: Recipe, quantize: str, packed: bool) -> None:
+def test_stopped_and_resumed_is_not_stopped(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, quantize: str, packed: bool, integers: bool
+) -> None:
+    """An int8 base on a CPU that is fast at integers and on one that is not, even where it is resumed on the other."""
+    monkeypatch.setattr("myna.plan.fast_in_int8", lambda: integers)
     settings: dict[str, dict[str, object]] = {"model": {"quantize": quantize}, "train": {"packed": packed}}
     straight, _ = trained(with_settings(recipe, "straight", **settings))
     stopped = with_settings(recipe, "stopped", **settings)
     asked = stopping_after(2)
     with pytest.raises(Interrupted):
         list(train(prepare(stopped, run_of(stopped), print), print, lambda: next(asked)))
+    monkeypatch.setattr("myna.plan.fast_in_int8", lambda: not integers)
     run = train_stage(stopped, resume=True)
+    assert read_plan(run.plan_path).int8_products == ("int8" if integers else "fp32")
     assert adapter_bytes(run) == adapter_bytes(straight)
+
+
+def test_int8_is_multiplied_as_the_plan_says(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In integers or in float32: nearly the same losses, other bytes, and never a product of the other kind."""
+    asked: list[bool] = []
+    measured: list[str] = []
+    honest = torch._int_mm
+
+    def counted(*given: torch.Tensor) -> torch.Tensor:
+        asked.append(True)
+        return honest(*given)
+
+    def peak(dtype: str, threads: int, device: str) -> float:
+        measured.append(dtype)
+        return 1e9
+
+    monkeypatch.setattr(torch, "_int_mm", counted)
+    monkeypatch.setattr("myna.ready._measured_peak", peak)
+    found: list[tuple[bytes, list[float]]] = []
+    for integers, name in ((True, "integers"), (False, "widened")):
+        monkeypatch.setattr("myna.plan.fast_in_int8", lambda fast=integers: fast)
+        asked.clear()
+        said: list[str] = []
+        run, losses = trained(with_settings(recipe, name, model={"quantize": "int8", "dtype": "bf16"}), said)
+        found.append((adapter_bytes(run), losses))
+        assert bool(asked) == integers
+        assert ("multiplied as int8" in " ".join(said)) == integers
+        assert ("kept as int8 and multiplied in fp32" in " ".join(said)) == (not integers)
+    assert measured == ["int8", "fp32"]  # what its share of the peak is of
+    assert found[0][1] == pytest.approx(found[1][1], rel=0.03) and found[0][0] != found[1][0]
 
 
 def interrupted(recipe: Recipe) -> Run:
@@ -208,7 +250,15 @@ def test_a_plan_that_was_changed_by_hand_is_refused_entry_by_entry(recipe: Recip
 def test_a_run_of_before_goes_on_with_torchs_kernels(recipe: Recipe) -> None:
     run = interrupted(recipe)
     as_of_before(run)
-    new = ("kernels", "kernels_reason", "quantize", "checkpoint_layers", "round_tokens", "head_tokens")
+    new = (
+        "kernels",
+        "kernels_reason",
+        "quantize",
+        "int8_products",
+        "checkpoint_layers",
+        "round_tokens",
+        "head_tokens",
+    )
     plan = json.loads(run.plan_path.read_text())
     write_json(
         run.plan_path, {k: v for k, v in plan.items() if k not in (*new, "memory_mb", "total_memory_mb")}

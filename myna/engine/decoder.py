@@ -14,7 +14,7 @@ from myna.data.packing import Batch
 from myna.engine.blocks import PackTools, run_block
 from myna.engine.dropout import PackMasks
 from myna.engine.families import FAST, DecoderLayer, layer_norm, rms_norm
-from myna.engine.frozen import DenseWeight, Int8Weight, WatchedWeight
+from myna.engine.frozen import INT8_WEIGHTS, DenseWeight, Int8Products, Int8Weight, WatchedWeight
 from myna.engine.kept import InputPlace, KeptInput, OnDevice
 from myna.engine.kernels import Kernels, Norm, Rope
 from myna.engine.layout import plan_layout
@@ -68,7 +68,7 @@ class FastDecoder:
             group.refresh()
 
     @torch.no_grad()
-    def quantize_int8(self, calibration: Batch) -> None:
+    def quantize_int8(self, calibration: Batch, products: Int8Products = "int8") -> None:
         """Turns every frozen weight to int8; `calibration` is a pack of the rows that will be trained on.
 
         A forward over it tells how large each input column gets. A layer is quantized once the pack is through it, so that
@@ -76,7 +76,7 @@ class FastDecoder:
         """
         x_Td, tools = self._enter(calibration)
         for layer in self.layers:
-            x_Td = _quantize_layer(layer, x_Td, tools)
+            x_Td = _quantize_layer(layer, x_Td, tools, INT8_WEIGHTS[products])
             give_back_memory()
 
     def groups(self) -> Iterator[LoraGroup]:
@@ -162,7 +162,9 @@ def _groups_of(layer: DecoderLayer) -> tuple[LoraGroup, ...]:
     return layer.attention.inner, layer.attention.outer, layer.mlp.inner, layer.mlp.outer
 
 
-def _quantize_layer(layer: DecoderLayer, x_Td: torch.Tensor, tools: dict[str, PackTools]) -> torch.Tensor:
+def _quantize_layer(
+    layer: DecoderLayer, x_Td: torch.Tensor, tools: dict[str, PackTools], make: type[Int8Weight]
+) -> torch.Tensor:
     """The layer's answer as its weights were; on return nothing refers to them any more."""
     watched = []
     for group in _groups_of(layer):
@@ -171,7 +173,7 @@ def _quantize_layer(layer: DecoderLayer, x_Td: torch.Tensor, tools: dict[str, Pa
         watched.append((group, watch))
     y_Td = _run_layers(x_Td, [layer], tools)
     for group, watch in watched:
-        group.frozen = Int8Weight(watch.dense, watch.largest_K)
+        group.frozen = make(watch.dense, watch.largest_K)
     return y_Td
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from myna.engine.frozen import Int8Products
 from myna.engine.loss import chunk_tokens
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -90,6 +91,7 @@ def estimate_memory(
     quantize: str,
     checkpoint_layers: int,
     widen: bool = False,
+    int8_products: Int8Products = "int8",
     checkpoint_to: str = "device",
 ) -> MemoryEstimate:
     """Of training with packs of at most `tokens` tokens (padded ones, off the fast path), every linear layer adapted."""
@@ -102,7 +104,9 @@ def estimate_memory(
         by_token = inputs * shape.width * size + min(checkpoint_layers, shape.layers) * kept
     else:
         by_token = shape.layers * kept
-    passing = tokens * _passing(shape, size, native=native, quantize=quantize, widen=widen)
+    integers = quantize == "int8" and int8_products == "int8"
+    widen = widen or (quantize == "int8" and not integers)
+    passing = tokens * _passing(shape, size, native=native, integers=integers, widen=widen)
     layer = sum(wide_in * wide_out for wide_in, wide_out in _linears(shape))
     ends = (1 if shape.tied else 2) * shape.vocabulary * shape.width * size
     return MemoryEstimate(
@@ -156,13 +160,13 @@ def _kept_by_a_layer(shape: BaseShape, size: int, rank: int, *, fast: bool, nati
     return kept if native else kept + 4 * 1.25 * (fused + 2 * shape.query)
 
 
-def _passing(shape: BaseShape, size: int, *, native: bool, quantize: str, widen: bool) -> float:
+def _passing(shape: BaseShape, size: int, *, native: bool, integers: bool, widen: bool) -> float:
     """Bytes a token that a block's backward holds while it runs."""
     fused = shape.query + 2 * shape.key_value
     middle = shape.inner * (2 if shape.gated else 1)
     blocks = size * (6 * shape.width + middle + 2 * shape.inner)
     attention = 4 * (5 * shape.query + 4 * shape.key_value + shape.heads) if native else 4 * 4 * fused
-    sums = (4 + 1) * max(middle, shape.inner, fused) if quantize == "int8" else 0
+    sums = (4 + 1) * max(middle, shape.inner, fused) if integers else 0
     # what comes in and goes out of a product once more in float32
     wide = 4 * 2 * max(middle, shape.inner, fused) if widen else 0
     return blocks + attention + sums + wide

@@ -8,12 +8,13 @@ The low-rank part rides along: an input comes as [T, K + R], x with h = x Aᵀ b
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Literal, Protocol
 
 import torch
 
 from myna.engine.kernels import Kernels, LowRankTerm
 
+Int8Products = Literal["int8", "fp32"]  # what int8 weights are multiplied in
 Blocks = tuple[tuple[slice, slice], ...]  # output rows and ranks, part by part
 
 INT8_MOST = 127
@@ -113,19 +114,40 @@ class Int8Weight:
     def product(self, xh: torch.Tensor, kernels: Kernels) -> torch.Tensor:
         quants_TK, scale_T = kernels.quantize_rows(xh[:, : self.num_in], self._evened_K)
         sums_TN = torch._int_mm(quants_TK, self.quants_NK.T)
-        low = None
-        if self.rank:
-            assert self.low.b_RN is not None
-            low = LowRankTerm(xh[:, self.num_in :], self.low.b_RN, self._blocks_B4)
-        return kernels.dequantize(sums_TN, scale_T, self.scale_N, low, self._bias, xh.dtype)
+        return kernels.dequantize(sums_TN, scale_T, self.scale_N, self._low_of(xh), self._bias, xh.dtype)
 
     def product_back(self, ggh: torch.Tensor, kernels: Kernels) -> torch.Tensor:
         quants_TN, scale_T = kernels.quantize_rows(ggh[:, : self.num_out], self.scale_N)
         sums_TK = torch._int_mm(quants_TN, self.quants_NK)
-        low = None
-        if ggh.shape[1] > self.num_out:
-            low = LowRankTerm(ggh[:, self.num_out :], self.low.a_RK, self._whole_B4)
-        return kernels.dequantize(sums_TK, scale_T, self._evened_K, low, None, ggh.dtype)
+        return kernels.dequantize(sums_TK, scale_T, self._evened_K, self._low_back(ggh), None, ggh.dtype)
+
+    def _low_of(self, xh: torch.Tensor) -> LowRankTerm | None:
+        if not self.rank:
+            return None
+        assert self.low.b_RN is not None
+        return LowRankTerm(xh[:, self.num_in :], self.low.b_RN, self._blocks_B4)
+
+    def _low_back(self, ggh: torch.Tensor) -> LowRankTerm | None:
+        if ggh.shape[1] == self.num_out:
+            return None
+        return LowRankTerm(ggh[:, self.num_out :], self.low.a_RK, self._whole_B4)
+
+
+class WidenedInt8Weight(Int8Weight):
+    """The same int8 weight on a CPU that is slow at integers: it is multiplied in float32, activations are not rounded."""
+
+    def product(self, xh: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+        x, low = xh[:, : self.num_in], self._low_of(xh)
+        return kernels.product_int8(
+            x, self.quants_NK, self._evened_K, self.scale_N, low, self._bias, back=False
+        )
+
+    def product_back(self, ggh: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+        g, low = ggh[:, : self.num_out], self._low_back(ggh)
+        return kernels.product_int8(g, self.quants_NK, self.scale_N, self._evened_K, low, None, back=True)
+
+
+INT8_WEIGHTS: Final[dict[Int8Products, type[Int8Weight]]] = {"int8": Int8Weight, "fp32": WidenedInt8Weight}
 
 
 class WatchedWeight:

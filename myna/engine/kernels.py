@@ -132,6 +132,22 @@ class Kernels(Protocol):
     ) -> torch.Tensor:
         """int32 sums · row_scale (· column_scale) (+ low) (+ bias), in `dtype`."""
 
+    def product_int8(
+        self,
+        x: torch.Tensor,
+        quants_NK: torch.Tensor,
+        fold: torch.Tensor | None,
+        column_scale: torch.Tensor | None,
+        low: LowRankTerm | None,
+        bias: torch.Tensor | None,
+        *,
+        back: bool,
+    ) -> torch.Tensor:
+        """(x · fold) Wᵀ · column_scale (+ low) (+ bias), or `back`, with W for Wᵀ, in x's dtype.
+
+        W is int8 and becomes float32 a part at a time; products and sums are float32.
+        """
+
     def low_rank(self, x: torch.Tensor, m: torch.Tensor, out: torch.Tensor) -> None:
         """x m, [T, R], into `out`; m, [K, R], is narrow."""
 

@@ -247,6 +247,31 @@ class NativeKernels(TorchKernels):
         self._call("myna_dequantize", y, sums, row_scale, column_scale, bias, *added, y, *y.shape)
         return y
 
+    def product_int8(
+        self,
+        x: torch.Tensor,
+        quants_NK: torch.Tensor,
+        fold: torch.Tensor | None,
+        column_scale: torch.Tensor | None,
+        low: LowRankTerm | None,
+        bias: torch.Tensor | None,
+        *,
+        back: bool,
+    ) -> torch.Tensor:
+        x, quants_NK = in_rows(x), in_rows(quants_NK)
+        y = torch.empty(len(x), quants_NK.shape[1 if back else 0], dtype=x.dtype)
+        added: tuple[Any, ...] = (None, 0, None, 0, 0, None, 0)
+        if low is not None:
+            h, m = in_rows(low.h_TR), in_rows(low.m_RN)
+            added = (h, h.stride(0), m, m.stride(0), len(m), low.blocks_B4, len(low.blocks_B4))
+        wide = self._room("x", len(x), whole_vectors(x.shape[1]) + whole_vectors(added[4]))
+        weight = (quants_NK, quants_NK.stride(0), int(not back), column_scale)
+        shape = (*x.shape, y.shape[1])
+        self._call(
+            "myna_product_int8", x, x, x.stride(0), fold, *weight, bias, *added, wide, y, y.stride(0), *shape
+        )
+        return y
+
     def low_rank(self, x: torch.Tensor, m: torch.Tensor, out: torch.Tensor) -> None:
         x, m = in_rows(x), in_rows(m)
         assert m.dtype == out.dtype == x.dtype

@@ -30,6 +30,7 @@ NARROW: Final = (5, 53)
 BLOCKS: Final = ((0, 7, 0, 3), (20, 49, 3, 9), (49, 75, 9, 21))  # from column, to column, from rank, to rank
 # rows, what is summed, columns: 16 rows, 48 columns and up to 640 of a sum at a time; more than one of each, and a rest
 PRODUCTS: Final = ((MANY_ROWS, 700, LONG), (5, 53, 700), (ROWS, 27, 10))
+INT8_PRODUCTS: Final = ((MANY_ROWS, 700, LONG), (5, 53, 700), (ROWS, 27, WIDTH))
 SEGMENTS: Final = (Segment(0, 41), Segment(41, 6, 0), Segment(47, 37, 0), Segment(84, 3, 2), Segment(87, 80))
 DOCUMENTS: Final = ((0, 1), (0, 2), (0, 2, 3), (4,))
 NUM_TOKENS: Final = 167
@@ -119,6 +120,20 @@ def _int8(kernels: Kernels, draw: Draw) -> Answers:
         yield name, kernels.dequantize(sums, row, column, term, bias, draw.dtype)
 
 
+def _int8_products(kernels: Kernels, draw: Draw) -> Answers:
+    """In float32: with all that may come to them and with nothing, by one block of ranks and by several."""
+    for rows, depth, columns in INT8_PRODUCTS:
+        quants = torch.randint(-127, 128, (columns, depth), generator=draw.generator, dtype=torch.int8)
+        x, g, bias = draw.typed(rows, depth), draw.typed(rows, columns), draw.typed(columns)
+        fold, scale = draw.exact(depth), draw.exact(columns) / 1_000
+        low = low_rank_term(draw, rows, columns, BLOCKS)
+        whole = low_rank_term(draw, rows, depth, ((0, depth, 0, 5),))
+        name = f"int8 product of {depth} in float32"
+        yield name, kernels.product_int8(x, quants, fold, scale, low, bias, back=False)
+        yield f"{name}, alone", kernels.product_int8(x, quants, None, None, None, None, back=False)
+        yield f"{name}, back", kernels.product_int8(g, quants, scale, fold, whole, None, back=True)
+
+
 def _low_ranks(kernels: Kernels, draw: Draw) -> Answers:
     for ranks in NARROW:
         x, m, out = draw.typed(MANY_ROWS, LONG), draw.typed(LONG, ranks), draw.room(MANY_ROWS, ranks)
@@ -181,6 +196,7 @@ WORK: Final[tuple[Callable[[Kernels, Draw], Answers], ...]] = (
     _products,
     _drops,
     _int8,
+    _int8_products,
     _losses,
     _attentions,
 )

@@ -62,6 +62,17 @@ ALWAYS void low_tile(int nv, int tall, const float *a, int64_t row, int64_t step
     else if (tall) low_tile_tall(a, row, step, panel, n, out, ldo);
     else low_tile_1(a, row, step, panel, n, out, ldo);
 }
+
+/* of m in blocks [B][4], columns [0], [1]) and ranks [2], [3]): the ranks that add to any of the columns [at, to) */
+static void ranks_of(const int64_t *blocks, int64_t B, int64_t R, int64_t at, int64_t to, int64_t *from, int64_t *end) {
+    *from = R;
+    *end = 0;
+    for (const int64_t *b = blocks; b < blocks + 4 * B; b += 4)
+        if (b[0] < to && at < b[1]) {
+            *from = MIN(*from, b[2]);
+            *end = MAX(*end, b[3]);
+        }
+}
 #endif
 
 /* m [K][R] to panels in float32, the last one filled up with zeros to whole vectors: K · (R rounded up to VW) floats;
@@ -191,17 +202,6 @@ typedef struct {
     int64_t T, N, R, B, ldh;
 } NAME(dequantize_job);
 
-/* the ranks that add to any of the columns [at, to) */
-static void NAME(ranks_of)(const NAME(dequantize_job) *a, int64_t at, int64_t to, int64_t *from, int64_t *end) {
-    *from = a->R;
-    *end = 0;
-    for (const int64_t *b = a->blocks; b < a->blocks + 4 * a->B; b += 4)
-        if (b[0] < to && at < b[1]) {
-            *from = MIN(*from, b[2]);
-            *end = MAX(*end, b[3]);
-        }
-}
-
 static void NAME(dequantize_piece)(void *job, int64_t piece) {
     const NAME(dequantize_job) *a = job;
     int64_t first = piece * LOW_ROWS, end = MIN(a->T, first + LOW_ROWS);
@@ -213,7 +213,7 @@ static void NAME(dequantize_piece)(void *job, int64_t piece) {
         int64_t width = MIN(LOW_WIDE, a->N - at), from, to;
         int nv = panel_vectors(at, a->N);
         memset(y, 0, sizeof y);
-        NAME(ranks_of)(a, at, at + width, &from, &to);
+        ranks_of(a->blocks, a->B, a->R, at, at + width, &from, &to);
         if (from < to)
             low_tile(nv, 0, h + from, ld, 1, a->panels + at * a->R + from * nv * VW, to - from, y, LOW_WIDE);
         for (int64_t t = first; t < end; t++) {

@@ -5,6 +5,9 @@
  * 2008, "Anatomy of high-performance matrix multiplication"). A block of rows of the other factor goes by a panel before the
  * next is made, so that making it costs a few percent, and no part of the weight stands in memory once more.
  * Sums over the depth run in one order, whatever the threads: the bytes depend on nothing else.
+ *
+ * A weight in int8, on a CPU that is slow at integers, goes the same way: its numbers become float32, times the scale of
+ * their column of the answer, as their panel is made. The low-rank part is so many more rows of the panel.
  */
 
 #ifndef MYNA_PRODUCTS
@@ -73,10 +76,18 @@ ALWAYS void turn_vectors(vf *x) {
 }
 #endif
 
+/* the first n of VW numbers in float32, the rest 0 */
+ALWAYS vf load_b(const int8_t *p, int64_t n) {
+    int8_t b[VW] = {0};
+    if (n < VW) p = memcpy(b, p, n);
+    return __builtin_convertvector(__builtin_convertvector(*(const vbu *)p, vi), vf);
+}
+
 /* what is summed goes in equal parts of at most DEPTH, a whole number of vectors each */
+ALWAYS int64_t whole(int64_t n) { return (n + VW - 1) / VW * VW; }
 ALWAYS int64_t part_of(int64_t depth) {
     int64_t parts = (depth + DEPTH - 1) / DEPTH, part = (depth + parts - 1) / parts;
-    return MIN(DEPTH, (part + VW - 1) / VW * VW);
+    return MIN(DEPTH, whole(part));
 }
 
 /* rows of a piece, so that every thread gets several pieces; a multiple of the tallest tile */
@@ -88,13 +99,17 @@ ALWAYS int64_t rows_of(int64_t T, int64_t panels) {
 
 #endif
 
-/* ---- out [T][N] = x [T][K] · w (+ bias), w is [N][K] where `turned`, else [K][N] ---- */
+/* ---- out [T][N] = x [T][K] · w (+ h [T][R] · m [R][N]) (+ bias), w is [N][K] where `turned`, else [K][N] ---- */
 
 typedef struct {
     const TYPE *x, *w, *bias;
-    float *wide; /* x in float32, [T][ldwide], K in whole vectors */
+    const int8_t *quants;        /* w, where it is int8: x · fold goes in, w · column is multiplied */
+    const float *fold, *column;  /* [K], [N]; either may be missing */
+    const TYPE *h, *m;
+    const int64_t *blocks; /* of m, as in dequantize */
+    float *wide;           /* x and h in float32, [T][ldwide], K in whole vectors and R */
     TYPE *out;
-    int64_t T, K, N, ldx, ldw, ldo, ldwide, rows, panels;
+    int64_t T, K, N, R, B, ldx, ldw, ldh, ldm, ldo, ldwide, rows, panels;
     int turned;
 } NAME(product_job);
 
@@ -102,13 +117,40 @@ enum { NAME(WIDE_ROWS) = 16 };
 
 static void NAME(wide_piece)(void *job, int64_t piece) {
     const NAME(product_job) *a = job;
-    int64_t first = piece * NAME(WIDE_ROWS);
-    NAME(low_rows)(a->x, a->ldx, first, MIN(NAME(WIDE_ROWS), a->T - first), a->T, 0, a->K, a->wide + first * a->ldwide, a->ldwide);
+    int64_t first = piece * NAME(WIDE_ROWS), n = MIN(NAME(WIDE_ROWS), a->T - first);
+    float *wide = a->wide + first * a->ldwide;
+    NAME(low_rows)(a->x, a->ldx, first, n, a->T, 0, a->K, wide, a->ldwide);
+    for (int64_t r = 0; a->fold && r < n; r++)
+        EACH(i, m, a->K) store_f(wide + r * a->ldwide + i, load_f(wide + r * a->ldwide + i) * GETF(a->fold + i, m));
+    if (a->R) NAME(low_rows)(a->h, a->ldh, first, n, a->T, 0, a->R, wide + whole(a->K), a->ldwide);
+}
+
+/* as product_pack, of an int8 weight */
+static void NAME(product_pack_int8)(const NAME(product_job) *a, int64_t k, int64_t n, int64_t at, int64_t width, int nv,
+                                    float *panel) {
+    for (int v = 0; v < nv; v++) {
+        int64_t m = MIN(VW, width - v * VW), first = at + v * VW;
+        vf scale = a->column ? GETF(a->column + first, m) : splat(1);
+        for (int64_t i = 0; !a->turned && i < n; i++)
+            store_f(panel + (i * nv + v) * VW, load_b(a->quants + (k + i) * a->ldw + first, m) * scale);
+        for (int64_t i = 0; a->turned && i < n; i += VW) {
+            int64_t deep = MIN(VW, n - i);
+            vf x[VW];
+            for (int r = 0; r < VW; r++)
+                x[r] = r < m ? load_b(a->quants + (first + r) * a->ldw + k + i, deep) : splat(0);
+            turn_vectors(x);
+            for (int r = 0; r < deep; r++) store_f(panel + ((i + r) * nv + v) * VW, x[r] * scale);
+        }
+    }
 }
 
 /* rows [k, k + n) of w's columns [at, at + width) in float32, [n][nv][VW] */
 static void NAME(product_pack)(const NAME(product_job) *a, int64_t k, int64_t n, int64_t at, int64_t width, int nv,
                                float *panel) {
+    if (a->quants) {
+        NAME(product_pack_int8)(a, k, n, at, width, nv, panel);
+        return;
+    }
     if (!a->turned) {
         NAME(low_pack)(a->w + k * a->ldw + at, a->ldw, n, width, MIN(16, a->K - k - n), panel);
         return;
@@ -130,24 +172,37 @@ static void NAME(product_pack)(const NAME(product_job) *a, int64_t k, int64_t n,
 static void NAME(product_piece)(void *job, int64_t piece) {
     const NAME(product_job) *a = job;
     int64_t at = piece % a->panels * PANEL, first = piece / a->panels * a->rows;
-    int64_t end = MIN(a->T, first + a->rows), width = MIN(PANEL, a->N - at), part = part_of(a->K);
+    int64_t end = MIN(a->T, first + a->rows), width = MIN(PANEL, a->N - at), part = part_of(a->K), k = 0, low, lows;
     int nv = panel_vectors(at, a->N), height = nv == 1 ? 2 * LOW_ROWS : LOW_ROWS;
-    for (int64_t k = 0; k < a->K; k += part) {
-        int64_t n = MIN(part, a->K - k);
-        NAME(product_pack)(a, k, n, at, width, nv, room.panel);
+    ranks_of(a->blocks, a->B, a->R, at, at + width, &low, &lows);
+    int kept = part < a->K || low < lows; /* the sums of one part to the next */
+    for (int begun = 0, done = 0; !done; begun = 1) {
+        int64_t n, column; /* of the wide rows, where what is summed now begins */
+        if (k < a->K) {
+            n = MIN(part, a->K - k);
+            NAME(product_pack)(a, k, n, at, width, nv, room.panel);
+            column = k;
+            k += n;
+        } else {
+            n = MIN(DEPTH, lows - low);
+            NAME(low_pack)(a->m + low * a->ldm + at, a->ldm, n, width, 0, room.panel);
+            column = whole(a->K) + low;
+            low += n;
+        }
+        done = k == a->K && low >= lows;
         for (int64_t t = first; t < end; t += height) {
-            const float *rows = a->wide + t * a->ldwide + k;
-            float *sums = room.sums + (part < a->K ? (t - first) * PANEL : 0); /* one part alone: they need not be kept */
+            const float *rows = a->wide + t * a->ldwide + column;
+            float *sums = room.sums + (kept ? (t - first) * PANEL : 0);
             int64_t ld = a->ldwide;
             if (t + height > a->T) { /* fewer rows than a tile has: the last one again */
                 for (int r = 0; r < height; r++)
-                    memcpy(room.rows + r * DEPTH, a->wide + MIN(t + r, a->T - 1) * a->ldwide + k, sizeof(float) * n);
+                    memcpy(room.rows + r * DEPTH, a->wide + MIN(t + r, a->T - 1) * a->ldwide + column, sizeof(float) * n);
                 rows = room.rows;
                 ld = DEPTH;
             }
-            if (!k) memset(sums, 0, sizeof(float) * PANEL * height);
+            if (!begun) memset(sums, 0, sizeof(float) * PANEL * height);
             low_tile(nv, 1, rows, ld, 1, room.panel, n, sums, PANEL);
-            for (int64_t r = 0; k + n == a->K && r < MIN(height, end - t); r++)
+            for (int64_t r = 0; done && r < MIN(height, end - t); r++)
                 EACH(i, m, width) {
                     vf y = load_f(sums + r * PANEL + i);
                     if (a->bias) y += GET(a->bias + at + i, m);
@@ -157,10 +212,26 @@ static void NAME(product_piece)(void *job, int64_t piece) {
     }
 }
 
+static void NAME(run_product)(NAME(product_job) job) {
+    job.panels = (job.N + PANEL - 1) / PANEL;
+    job.rows = rows_of(job.T, job.panels);
+    job.ldwide = whole(job.K) + whole(job.R);
+    for_pieces(NAME(wide_piece), &job, (job.T + NAME(WIDE_ROWS) - 1) / NAME(WIDE_ROWS));
+    for_pieces(NAME(product_piece), &job, job.panels * ((job.T + job.rows - 1) / job.rows));
+}
+
 void NAME(myna_product)(const TYPE *x, int64_t ldx, const TYPE *w, int64_t ldw, int64_t turned, const TYPE *bias, float *wide,
                         TYPE *out, int64_t ldo, int64_t T, int64_t K, int64_t N) {
-    int64_t panels = (N + PANEL - 1) / PANEL, rows = rows_of(T, panels), blocks = (T + rows - 1) / rows;
-    NAME(product_job) job = {x, w, bias, wide, out, T, K, N, ldx, ldw, ldo, (K + VW - 1) / VW * VW, rows, panels, (int)turned};
-    for_pieces(NAME(wide_piece), &job, (T + NAME(WIDE_ROWS) - 1) / NAME(WIDE_ROWS));
-    for_pieces(NAME(product_piece), &job, panels * blocks);
+    NAME(run_product)((NAME(product_job)){.x = x, .ldx = ldx, .w = w, .ldw = ldw, .turned = (int)turned, .bias = bias,
+                                          .wide = wide, .out = out, .ldo = ldo, .T = T, .K = K, .N = N});
+}
+
+void NAME(myna_product_int8)(const TYPE *x, int64_t ldx, const float *fold, const int8_t *quants, int64_t ldw, int64_t turned,
+                             const float *column, const TYPE *bias, const TYPE *h, int64_t ldh, const TYPE *m, int64_t ldm,
+                             int64_t R, const int64_t *blocks, int64_t B, float *wide, TYPE *out, int64_t ldo, int64_t T,
+                             int64_t K, int64_t N) {
+    NAME(run_product)((NAME(product_job)){.x = x, .ldx = ldx, .fold = fold, .quants = quants, .ldw = ldw,
+                                          .turned = (int)turned, .column = column, .bias = bias, .h = h, .ldh = ldh, .m = m,
+                                          .ldm = ldm, .R = R, .blocks = blocks, .B = B, .wide = wide, .out = out, .ldo = ldo,
+                                          .T = T, .K = K, .N = N});
 }

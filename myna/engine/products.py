@@ -116,3 +116,15 @@ def _blocks(weight_NK: torch.Tensor) -> list[slice]:
     rows = len(weight_NK)
     step = -(-rows // max(1, round(weight_NK.numel() / WIDE_NUMBERS)))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def widened_product(x: torch.Tensor, weight_NK: torch.Tensor, *, back: bool) -> torch.Tensor:
+    """x Wᵀ, or x W `back`, in x's dtype: a weight of another one is turned to it, WIDE_NUMBERS at once."""
+    out = x.new_zeros(len(x), weight_NK.shape[1] if back else len(weight_NK))
+    for rows in _blocks(weight_NK):
+        weight = weight_NK[rows].to(x.dtype)
+        if back:
+            out.addmm_(x[:, rows], weight)
+        else:
+            out[:, rows] = x @ weight.T
+    return out

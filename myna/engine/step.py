@@ -21,6 +21,7 @@ from myna.engine.compiler import NotNative
 from myna.engine.decoder import FastDecoder
 from myna.engine.families import FAST
 from myna.engine.flex import FlexKernels
+from myna.engine.frozen import Int8Products
 from myna.engine.kept import InputPlace
 from myna.engine.kernels import Kernels
 from myna.engine.native import load_native
@@ -102,6 +103,7 @@ def make_stepper(
     *,
     kernels: Kernels | None = None,
     quantize_with: Batch | None = None,
+    int8_products: Int8Products = "int8",
     checkpoint_layers: int = 0,
     round_tokens: int = ROUND_TOKENS,
     head_tokens: int | None = None,
@@ -111,6 +113,7 @@ def make_stepper(
 
     `keep_inputs` is where checkpointed layers' inputs are kept: the device where None.
     `quantize_with` is a pack to quantize the frozen weights to int8 by; without one they stay as they are.
+    `int8_products` is what these are then multiplied in.
     On the reference path `checkpoint_layers` is 0 or 1: transformers runs each layer again, or none.
     """
     model.train()
@@ -134,7 +137,7 @@ def make_stepper(
     )
     assert any(group.parts for group in decoder.groups()), "the fast path found no LoRA layer"
     if quantize_with is not None:
-        decoder.quantize_int8(round_up(quantize_with))
+        decoder.quantize_int8(round_up(quantize_with), int8_products)
     return FastStepper(decoder, round_tokens)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 # spin on, made a step several times slower beside one busy process; not to spin at all made it a quarter slower on a
 # quiet machine and llama.cpp half as fast. It is read when torch is loaded, so the command line sets it first of all.
 BRIEF_SPIN = {"GOMP_SPINCOUNT": "1000"}
+INT8_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 OPENMP_NAMES = ("libgomp", "libomp", "libiomp")
 
 
@@ -31,10 +32,25 @@ def fast_in_bfloat16(cpuinfo: str | None = None) -> bool:
     AMX does; so does AVX512-BF16 on AMD's, twice as fast (measured). Intel's are half as fast with it as in float32
     (measured on one whose AMX the hypervisor hides).
     """
-    if cpuinfo is None:
-        info = Path("/proc/cpuinfo")
-        cpuinfo = info.read_text() if info.is_file() else ""
+    cpuinfo = _cpuinfo() if cpuinfo is None else cpuinfo
     return "amx_bf16" in cpuinfo or ("avx512_bf16" in cpuinfo and "GenuineIntel" not in cpuinfo)
+
+
+def fast_in_int8(cpuinfo: str | None = None) -> bool:
+    """Whether torch multiplies int8 faster than float32 on this CPU, by what /proc/cpuinfo (Linux) says of it.
+
+    With instructions for sums of int8 products (`INT8_FLAGS`) it does, several times as fast (measured on Intel's and AMD's
+    servers with AVX512-VNNI). Without any its product is a plain one: a fifteenth of float32's speed on an AMD server with
+    AVX2 (measured). What is not known, ARM among it, counts as slow: float32 is never far behind.
+    """
+    flags = (_cpuinfo() if cpuinfo is None else cpuinfo).split()
+    return not INT8_FLAGS.isdisjoint(flags)
+
+
+def _cpuinfo() -> str:
+    """What Linux tells of the CPU; nothing elsewhere."""
+    info = Path("/proc/cpuinfo")
+    return info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
 
 
 def gomp_parallel() -> int | None:

@@ -12,7 +12,7 @@ from myna.engine.dropout import DropoutMask
 from myna.engine.kernels import ActivationName, AttentionSpec, LowRankTerm, Norm, Rope
 from myna.engine.layout import PackLayout
 from myna.engine.plain_attention import exact, plain_attention
-from myna.engine.products import PlainProducts, Products
+from myna.engine.products import PlainProducts, Products, widened_product
 
 
 class TorchKernels:
@@ -120,14 +120,38 @@ class TorchKernels:
         bias: torch.Tensor | None,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        y = sums * row_scale[:, None]
+        return self._finish(sums * row_scale[:, None], column_scale, low, bias).to(dtype)
+
+    def product_int8(
+        self,
+        x: torch.Tensor,
+        quants_NK: torch.Tensor,
+        fold: torch.Tensor | None,
+        column_scale: torch.Tensor | None,
+        low: LowRankTerm | None,
+        bias: torch.Tensor | None,
+        *,
+        back: bool,
+    ) -> torch.Tensor:
+        high = x.float() if fold is None else x.float() * fold
+        sums = widened_product(high, quants_NK, back=back)
+        return self._finish(sums, column_scale, low, bias).to(x.dtype)
+
+    def _finish(
+        self,
+        y: torch.Tensor,
+        column_scale: torch.Tensor | None,
+        low: LowRankTerm | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """What comes to the sums of an int8 product, in place."""
         if column_scale is not None:
             y *= column_scale
         if low is not None:
             y += self.products.back(low.h_TR, low.m_RN)
         if bias is not None:
             y += bias
-        return y.to(dtype)
+        return y
 
     def low_rank(self, x: torch.Tensor, m: torch.Tensor, out: torch.Tensor) -> None:
         self.products.back(x, m, out=out)
