@@ -237,7 +237,7 @@ def _examples(folder: Path, arguments: argparse.Namespace) -> list[Any]:
     from myna.data.rows import load_conversations
 
     count = (NUM_WARM + arguments.steps) * BATCH_SIZE
-    rows = load_conversations(arguments.data, format_name="auto", columns=None, max_rows=count).conversations
+    rows = load_conversations(arguments.data, format_name="auto", columns={}, max_rows=count).conversations
     tokenizer = load_chat_tokenizer(folder)
     return [render_example(row, tokenizer, MAX_LENGTH) for row in rows]
 

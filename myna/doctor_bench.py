@@ -14,7 +14,7 @@ from myna.engine.estimate import BaseShape, estimate_memory
 from myna.engine.native import load_native
 from myna.engine.native_library import native_library
 from myna.engine.peaks import copy_bandwidth, product_peak
-from myna.engine.threads import fast_in_bfloat16, usable_cores
+from myna.engine.threads import fast_in_bfloat16, fast_in_int8, usable_cores
 from myna.errors import MachineError
 from myna.machine import Finding, gigabytes, memory_room, no_kernels
 from myna.plan import MEMORY_SHARE, cpu_dtype
@@ -22,7 +22,8 @@ from myna.plan import MEMORY_SHARE, cpu_dtype
 # The share of a product's peak that a training step reaches, as measured on the packaged model: SmolLM2-135M, LoRA r 16,
 # packs of chat rows, the C kernels, two cores each. That of int8 is of the int8 peak. Where bf16 is fast: an AMD EPYC with
 # AVX512-BF16 and VNNI. Elsewhere: two Intel servers whose int8 is four times as fast as their fp32, so that what is left in
-# fp32 weighs more (0.43 and 0.64 in fp32, 0.16 and 0.24 in int8).
+# fp32 weighs more (0.43 and 0.64 in fp32, 0.16 and 0.24 in int8). What is multiplied in fp32 reaches fp32's share, whatever
+# the weights are kept as.
 SHARE_OF_PEAK: Final = {
     True: {"bf16": 0.55, "fp32": 0.55, "int8": 0.38},
     False: {"bf16": 0.5, "fp32": 0.5, "int8": 0.2},
@@ -118,11 +119,16 @@ def expectations(peaks: dict[str, float | None], *, has_kernels: bool) -> tuple[
     for model, shape in SHAPES.items():
         plain = cpu_dtype(shape, fast_bf16=fast_bf16, total_memory_mb=total / 1e6)
         for base in (plain, "int8"):
-            # where bf16 is the slower format it is multiplied in fp32
-            peak = peaks["fp32" if base == "bf16" and not fast_bf16 else base]
-            share, room = SHARE_OF_PEAK[fast_bf16][base], MEMORY_SHARE * total
+            multiplied = multiplied_in(base)
+            peak, share, room = peaks[multiplied], SHARE_OF_PEAK[fast_bf16][multiplied], MEMORY_SHARE * total
             found.append(expect(model, base, plain, peak, share, room, has_kernels=has_kernels))
     return tuple(found)
+
+
+def multiplied_in(base: str) -> str:
+    """What a plan multiplies weights of this format in here: fp32 where the CPU is slower in theirs."""
+    slow = (base == "bf16" and not fast_in_bfloat16()) or (base == "int8" and not fast_in_int8())
+    return "fp32" if slow else base
 
 
 def expect(
@@ -142,6 +148,7 @@ def expect(
         fast=True,
         native=has_kernels,
         quantize="int8" if base == "int8" else "none",
+        int8_products="int8" if multiplied_in(base) == "int8" else "fp32",
         checkpoint_layers=0,
     )
     needed = int(estimate.total * 1e6)
@@ -175,6 +182,8 @@ def as_table(bench: Bench) -> tuple[tuple[str, ...], list[tuple[str, ...]], str]
         f"LoRA r {RANK} on every linear layer, packs of {PACK_TOKENS:,} tokens, {TARGET_SHARE:.0%} of them trained on; from "
         f"the peaks above and the share of them that the packaged model reaches{without}"
     )
+    if multiplied_in("int8") != "int8":
+        note += "; int8 weights are multiplied in fp32: these cores are slow at integers"
     return ("model", *heads), rows, note
 
 

@@ -11,6 +11,7 @@ import torch
 from conftest import Command
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from myna import doctor_bench
 from myna.data.packing import collate
 from myna.data.render import Example
 from myna.doctor import Report
@@ -22,6 +23,7 @@ from myna.doctor_bench import (
     Expectation,
     as_table,
     expect,
+    expectations,
     flops_a_token,
     try_kernels,
 )
@@ -30,7 +32,7 @@ from myna.engine.decoder import FastDecoder
 from myna.engine.estimate import BaseShape
 from myna.engine.native_library import native_library
 from myna.engine.peaks import copy_bandwidth, product_peak
-from myna.engine.threads import fast_in_bfloat16
+from myna.engine.threads import fast_in_bfloat16, fast_in_int8
 from myna.engine.torch_kernels import TorchKernels
 from myna.errors import MachineError
 from myna.machine import Finding, memory_room
@@ -110,6 +112,19 @@ def test_the_table_has_a_line_a_model() -> None:
     assert "slower" not in as_table(Bench((replace(kernels, status="ok"),), tuple(made)))[2]
 
 
+@pytest.mark.parametrize("integers", [True, False])
+def test_int8_is_expected_as_it_is_multiplied_here(integers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_bench, "fast_in_int8", lambda: integers)
+    found = expectations({"fp32": 1e11, "bf16": 2e11, "int8": 4e11}, has_kernels=True)
+    (small,) = (e for e in found if (e.model, e.base) == ("135M", "int8"))
+    peak, name = (4e11, "int8") if integers else (1e11, "fp32")
+    assert small.tokens_per_s == pytest.approx(
+        peak * SHARE_OF_PEAK[fast_in_bfloat16()][name] / small.flops_a_token
+    )
+    note = as_table(Bench((Finding("kernels", "ok", ""),), found))[2]
+    assert ("int8 weights are multiplied in fp32" in note) == (not integers)
+
+
 def test_findings_of_a_bench_take_the_place_of_what_was_known() -> None:
     def finding(name: str, text: str) -> Finding:
         return Finding(name, "ok", text)
@@ -159,9 +174,10 @@ def test_the_doctor_measures(myna: Command) -> None:
         cpu_dtype(shape, fast_bf16=fast, total_memory_mb=total) for shape in SHAPES.values()
     ]
     for entry in report["training"]:
-        widened = entry["base"] == "bf16" and not fast
-        peak = report["findings"]["peak:fp32" if widened else f"peak:{entry['base']}"]["value"]
-        flops = peak * SHARE_OF_PEAK[fast][entry["base"]] / entry["tokens_per_s"]
+        slow = {"bf16": not fast, "int8": not fast_in_int8()}.get(entry["base"], False)
+        multiplied = "fp32" if slow else entry["base"]
+        peak = report["findings"][f"peak:{multiplied}"]["value"]
+        flops = peak * SHARE_OF_PEAK[fast][multiplied] / entry["tokens_per_s"]
         assert flops == pytest.approx(entry["flops_a_token"])
 
 
