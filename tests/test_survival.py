@@ -67,7 +67,7 @@ def test_every_call_of_a_save_fails_and_is_the_last_once(
         "os.replace",
         "os.mkdir",
         "safetensors",
-        "safetensors,",
+        "safetensors_half",
         "shutil.rmtree",
     }
 

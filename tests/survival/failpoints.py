@@ -125,7 +125,7 @@ def _watch_safetensors(at: Callable[[str, object], None]) -> None:
         with _open(filename, "wb") as file:
             file.write(data[: len(data) // 2])
             file.flush()
-            at("safetensors, half", filename)
+            at("safetensors_half", filename)
             file.write(data[len(data) // 2 :])
 
     safetensors.torch.save_file = save_file
