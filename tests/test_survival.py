@@ -50,7 +50,7 @@ def test_many_kills_need_no_hand_and_land_everywhere(forks: Nursery, tmp_path: P
 
 
 def test_calls_of_a_save_that_fail_or_are_the_last(forks: Nursery, tmp_path: Path, tiny_base: Path) -> None:
-    holds(proofs.failpoints(forks, tmp_path, tiny_base, every=11))
+    holds(proofs.failpoints(forks, tmp_path, tiny_base, every=16))
 
 
 @pytest.mark.slow
