@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from myna.errors import CheckpointError, DataError
+from myna.model.folders import PICKLED, WHY_NO_PICKLE
 from myna.run import file_sha256, new_directory, put_back, read_json, sync_file, timestamp, write_json
 from myna.state import Snapshot, State
 
@@ -166,7 +167,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     CheckpointError where it was written by a newer Myna.
     """
     if not (path / MANIFEST).is_file():
-        raise DataError(f"it has no {MANIFEST}")
+        raise DataError(f"it has no {MANIFEST}{_pickles_in(path)}")
     try:
         manifest = read_json(path / MANIFEST)
     except (DataError, OSError) as error:
@@ -185,6 +186,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if NAME.fullmatch(path.name) and manifest["step"] != step_of(path):
         raise DataError(f"{MANIFEST} is that of step {manifest['step']}")
     return manifest
+
+
+def _pickles_in(path: Path) -> str:
+    """What is said of a folder that another trainer wrote; nothing of others."""
+    names = [file.name for file in path.iterdir() if PICKLED.fullmatch(file.name)] if path.is_dir() else []
+    if not names:
+        return ""
+    return f"; {min(names)} is pickled: {WHY_NO_PICKLE}; its own checkpoints are safetensors and JSON"
 
 
 def _file_fault(file: Path, num_bytes: int, sha256: str) -> str | None:

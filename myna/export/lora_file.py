@@ -228,7 +228,8 @@ def _read_shapes(adapter_dir: Path) -> dict[str, tuple[int, ...]]:
         pickled = (
             "; pickled ones (.bin) are never loaded" if (adapter_dir / "adapter_model.bin").is_file() else ""
         )
-        raise ModelError(f"there is no {WEIGHTS} in it{pickled}", where=str(adapter_dir))
+        cure = "have its author save it with save_pretrained(folder), as safetensors" if pickled else None
+        raise ModelError(f"there is no {WEIGHTS} in it{pickled}", where=str(adapter_dir), help=cure)
     try:
         with safe_open(path, framework="pt") as handle:
             return {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
