@@ -184,9 +184,14 @@ def main() -> None:
         base = tiny.write_base(folder / "base")
         with nursery() as forks:
             say("Myna: kills")
-            kills = proofs.kills(forks, folder, base, times=arguments.kills, seed=arguments.seed).as_json()
+            aim = {
+                "times": arguments.kills,
+                "seed": arguments.seed,
+                "phases": ["saving"],
+            }  # as the peer's are
+            kills = proofs.kills(forks, folder, base, **aim).as_json()
             say("Myna: damage")
-            damage = proofs.damage(forks, folder, base, seed=arguments.seed).as_json()
+            damage = proofs.damage(forks, folder, base, seed=arguments.seed, more=False).as_json()
             say("Myna: a full disk")
             disk = full_disk.full_disk(forks, folder, base, stages=False).as_json()
         (folder / "peer").mkdir()

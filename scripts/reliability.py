@@ -42,9 +42,9 @@ PROMISES = {
     "exactness": "cut at random steps, by kill and by signal: adapter, state and metrics equal bit for bit",
     "kills": "SIGKILL at random moments and phases: goes on without a hand, ends with the same bytes",
     "failpoints": "each write, sync and rename of a save fails once and is the last once: it or the one before is used",
-    "damage": "each file × {truncated, zeroed, missing, a bit flipped, swapped}: named, set aside, the one before used",
+    "damage": "each file × {truncated, zeroed, emptied, missing, a bit flipped, swapped, a folder}: the one before used",
     "disk": "a full tmpfs in train, merge and export: exit 4, nothing half under a final name, room is enough to go on",
-    "signals": "INT, TERM and HUP at random moments: right exit code, within two seconds, the same end",
+    "signals": "INT, TERM and HUP at random moments: right exit code, within a step and two seconds, the same end",
     "cost": "what a save takes of the time between two, and a restart until its first step",
     "goodput": f"killed every {KILL_EVERY} s for {GOODPUT_MINUTES} minutes: useful steps over ideal ones",
 }

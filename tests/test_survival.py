@@ -58,7 +58,7 @@ def test_every_call_of_a_save_fails_and_is_the_last_once(
     forks: Nursery, tmp_path: Path, tiny_base: Path
 ) -> None:
     shown = holds(proofs.failpoints(forks, tmp_path, tiny_base))
-    assert shown.tried >= 70, "a save is some forty calls"
+    assert shown.tried >= 60, "a save is some thirty-five calls"
     names = {name.removesuffix(" kills").removesuffix(" failures") for name in shown.seen}
     assert names >= {
         "open",
@@ -75,12 +75,12 @@ def test_every_call_of_a_save_fails_and_is_the_last_once(
 def test_a_damaged_file_is_named_and_the_run_falls_back(
     forks: Nursery, tmp_path: Path, tiny_base: Path
 ) -> None:
-    assert holds(proofs.damage(forks, tmp_path, tiny_base, seed=6, files=["state.json"])).tried == 5
+    assert holds(proofs.damage(forks, tmp_path, tiny_base, seed=6, files=["state.json"])).tried == 7
 
 
 @pytest.mark.slow
 def test_every_file_damaged_in_every_way(forks: Nursery, tmp_path: Path, tiny_base: Path) -> None:
-    assert holds(proofs.damage(forks, tmp_path, tiny_base, seed=7)).tried == 20
+    assert holds(proofs.damage(forks, tmp_path, tiny_base, seed=7)).tried == 29
 
 
 def test_signals_at_any_moment(forks: Nursery, tmp_path: Path, tiny_base: Path) -> None:

@@ -64,6 +64,8 @@ def _is_inside(place: object, folder: str) -> bool:
 
 def _watched(name: str, honest: Callable[..., Any], at: Callable[[str, object], None]) -> Callable[..., Any]:
     def call(*arguments: Any, **settings: Any) -> Any:
+        if name == "os.mkdir" and os.path.isdir(arguments[0]):  # nothing is made
+            return honest(*arguments, **settings)
         at(name, arguments[-1] if name in ("os.replace", "os.rename", "shutil.copyfile") else arguments[0])
         return honest(*arguments, **settings)
 

@@ -66,13 +66,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Life:
-    """How it ended: exit code (minus the signal that ended it), the phase it was in then and when it got its signal."""
+    """How it ended: exit code (minus the signal that ended it), the phase it was in then and when it got its signal.
+
+    `steps_after` are the steps that it began after its signal.
+    """
 
     code: int
     phase: str
     stopped_in: str
     seconds: float
     stopping_seconds: float
+    steps_after: int
     said: str
 
 
@@ -142,7 +146,7 @@ def _import_all() -> None:
 
 def live(job: Job) -> Life:
     """Forks a child for a job, ends it as the job says, and waits for it."""
-    page = mmap.mmap(-1, 1)
+    page = mmap.mmap(-1, 2)  # its phase, and how many steps it has begun
     reading, writing = os.pipe()
     started = time.monotonic()
     pid = os.fork()
@@ -150,15 +154,15 @@ def live(job: Job) -> Life:
         os.close(reading)
         _be_child(job, page, writing)
     os.close(writing)
-    said, signalled, stopped_in = b"", None, ""
+    said, signalled, stopped_in, steps = b"", None, "", 0
     while True:
         now = time.monotonic()
         if job.in_phase is not None and signalled is None and PHASES[page[0]] == job.in_phase:
             time.sleep(job.kill_after or 0.0)
-            stopped_in, signalled = PHASES[page[0]], _send(pid, job.number)
+            stopped_in, signalled, steps = PHASES[page[0]], _send(pid, job.number), page[1]
         elif job.in_phase is None and job.kill_after is not None and signalled is None:
             if now - started >= job.kill_after:
-                stopped_in, signalled = PHASES[page[0]], _send(pid, job.number)
+                stopped_in, signalled, steps = PHASES[page[0]], _send(pid, job.number), page[1]
         elif now - started > LONGEST:
             _send(pid, signal.SIGKILL)
         # a child that is waited for in a phase is looked at all the time, another one a thousand times a second
@@ -174,7 +178,8 @@ def live(job: Job) -> Life:
     code = os.waitstatus_to_exitcode(status)
     stopping = 0.0 if signalled is None else ended - signalled
     times = round(ended - started, 3), round(stopping, 3)
-    return Life(code, PHASES[page[0]], stopped_in, *times, said.decode(errors="replace"))
+    after = 0 if signalled is None else page[1] - steps
+    return Life(code, PHASES[page[0]], stopped_in, *times, after, said.decode(errors="replace"))
 
 
 def _send(pid: int, number: int) -> float:
@@ -235,6 +240,7 @@ def _tell_phases(page: mmap.mmap) -> None:
     def telling(phase: str, honest: Callable[..., Any]) -> Callable[..., Any]:
         def told(*arguments: Any, **settings: Any) -> Any:
             before, page[0] = page[0], PHASES.index(phase)
+            page[1] += phase == "stepping"
             try:
                 return honest(*arguments, **settings)
             finally:

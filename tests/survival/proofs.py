@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from survival.nursery import Job, Life, Nursery
 from survival.runs import Kind, doubled_steps, outcome, write_run
 
 TORCH = {"MYNA_KERNELS": "torch"}  # the C kernels are tried before their first use: a second of each life
+PHASES = ("loading", "saving", "saving", "pruning", "pruning", "finishing")  # that are aimed at
+LONGEST_LIFE = 1.5  # seconds, at most, until a kill
 MOST_LIVES = 30  # without a step more: then the run is stuck
 STOPS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
 
@@ -115,7 +119,7 @@ def exactness(
 
 
 def kills(
-    nursery: Nursery, folder: Path, base: Path, *, times: int, seed: int, longest: float = 1.5
+    nursery: Nursery, folder: Path, base: Path, *, times: int, seed: int, phases: Sequence[str] = PHASES
 ) -> Shown:
     """SIGKILL at random moments, and as soon as a phase is entered, over runs that save at every step, until `times`."""
     shown, draw = Shown(), random.Random(seed)
@@ -127,7 +131,7 @@ def kills(
     while shown.seen["kills"] < times:
         number += 1
         recipe = write_run(folder / "killed", base, kind, name=f"run-{number}")
-        shown.note(recipe.stem, _killed_until_done(nursery, recipe, expected, shown, draw, times, longest))
+        shown.note(recipe.stem, _killed_until_done(nursery, recipe, expected, shown, draw, times, phases))
     return shown
 
 
@@ -138,11 +142,11 @@ def _killed_until_done(
     shown: Shown,
     draw: random.Random,
     times: int,
-    longest: float,
+    phases: Sequence[str],
 ) -> list[str]:
     run, at_step, lives = Run(recipe.with_suffix("")), 0, 0
     while True:
-        how = _moment(draw, longest) if shown.seen["kills"] < times else {}
+        how = _moment(draw, phases) if shown.seen["kills"] < times else {}
         life = go_on(nursery, recipe, TORCH, **how)
         if life.code == 0:
             return differences(run, expected)
@@ -156,15 +160,16 @@ def _killed_until_done(
             return [f"is stuck after step {at_step}"]
 
 
-def _moment(draw: random.Random, longest: float) -> dict[str, Any]:
+def _moment(draw: random.Random, phases: Sequence[str]) -> dict[str, Any]:
     """Half of the kills at any moment of a life, half soon after a phase is entered."""
     if draw.random() < 0.5:
-        return {"kill_after": draw.uniform(0.0, longest)}
-    phase = draw.choice(("loading", "saving", "saving", "pruning", "pruning", "finishing"))
-    return {"in_phase": phase, "kill_after": draw.choice((0.0, draw.uniform(0.0, 0.02)))}
+        return {"kill_after": draw.uniform(0.0, LONGEST_LIFE)}
+    return {"in_phase": draw.choice(phases), "kill_after": draw.choice((0.0, draw.uniform(0.0, 0.02)))}
 
 
 # 3
+
+REMOVALS = ("shutil.rmtree", "os.rmdir", "os.unlink")
 
 
 def failpoints(nursery: Nursery, folder: Path, base: Path, *, every: int = 1) -> Shown:
@@ -181,15 +186,28 @@ def failpoints(nursery: Nursery, folder: Path, base: Path, *, every: int = 1) ->
     for number in range(1, len(names) + 1, every):
         for dies in (False, True):
             recipe = write_run(folder / "failing", base, kind, name=f"{'dies' if dies else 'fails'}-{number}")
-            name = f"{names[number - 1]} (call {number} of {len(names)}) {'is the last' if dies else 'fails'}"
-            shown.note(name, _failing(nursery, recipe, expected, number, dies=dies))
-            shown.seen[f"{names[number - 1]} {'kills' if dies else 'failures'}"] += 1
+            call = names[number - 1]
+            name = f"{call} (call {number} of {len(names)}) {'is the last' if dies else 'fails'}"
+            shown.note(name, _failing(nursery, recipe, expected, number, call, dies=dies))
+            shown.seen[f"{call} {'kills' if dies else 'failures'}"] += 1
     return shown
 
 
-def _failing(nursery: Nursery, recipe: Path, expected: dict[str, Any], call: int, *, dies: bool) -> list[str]:
-    life = go_on(nursery, recipe, TORCH, fail_call=call, dies=dies, after_step=4)
-    run, faults = Run(recipe.with_suffix("")), []
+def _failing(
+    nursery: Nursery, recipe: Path, expected: dict[str, Any], number: int, call: str, *, dies: bool
+) -> list[str]:
+    """A disk that is full and one that is broken, by turns."""
+    calls, fault = recipe.with_suffix(".calls"), (errno.ENOSPC, errno.EIO)[number % 2]
+    how: dict[str, Any] = {"fail_call": number, "errno": fault, "dies": dies, "after_step": 4}
+    life = go_on(nursery, recipe, TORCH, calls_to=str(calls), **how)
+    run, faults = Run(recipe.with_suffix("")), list[str]()
+    came = calls.read_text().splitlines()[number - 1 : number]
+    if not came or came[0].split()[1] != call:
+        return [f"another call came: {came}"]
+    # what is removed comes after the commit: it is left for the next process, and need not be told
+    removes = call in REMOVALS or ".tmp-pruned-" in came[0]
+    if not dies and not removes and os.strerror(fault) not in life.said:
+        faults.append(f"not said: {life.said[-500:]}")
     if dies:
         if life.code != -signal.SIGKILL:
             return [f"the kill did not come (exit {life.code})"]
@@ -229,17 +247,34 @@ def _swapped(path: Path, _: random.Random) -> None:
     shutil.copyfile(path.parent.with_name("step-000006") / path.name, path)
 
 
-DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
+def _all_swapped(path: Path, _: random.Random) -> None:
+    """Every file beside it is another checkpoint's, and what that one's manifest says."""
+    shutil.rmtree(path.parent)
+    shutil.copytree(path.parent.with_name("step-000003"), path.parent)
+
+
+def _made_folder(path: Path, _: random.Random) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+Harms = dict[str, Callable[[Path, random.Random], None]]
+DAMAGES: Harms = {
     "truncated": _truncated,
     "zeroed": _zeroed,
     "missing": lambda path, _: path.unlink(),
     "one bit flipped": _flipped,
     "swapped with another checkpoint's": _swapped,
 }
+# benchmarks/resume_peer.py has the ways above only
+MORE_DAMAGES: Harms = {"emptied": lambda path, _: os.truncate(path, 0), "a folder": _made_folder}
+OF_MANIFEST: Harms = {"and all others swapped": _all_swapped}
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json", MANIFEST)
 
 
-def damage(nursery: Nursery, folder: Path, base: Path, *, seed: int, files: Iterable[str] = FILES) -> Shown:
+def damage(
+    nursery: Nursery, folder: Path, base: Path, *, seed: int, files: Iterable[str] = FILES, more: bool = True
+) -> Shown:
     """Each file of the newest checkpoint in each way: set aside by name, and the run goes on from the one before."""
     shown, draw = Shown(), random.Random(seed)
     kind = Kind("damaged", {"train": {"save_every_steps": 3}})
@@ -248,7 +283,8 @@ def damage(nursery: Nursery, folder: Path, base: Path, *, seed: int, files: Iter
     life = go_on(nursery, stopped, TORCH, number=signal.SIGTERM, stop_step=8)
     assert life.code == 143, life.said
     for name in files:
-        for harm, do in DAMAGES.items():
+        others = MORE_DAMAGES | (OF_MANIFEST if name == MANIFEST else {})
+        for harm, do in (DAMAGES | (others if more else {})).items():
             recipe = write_run(folder / "damaged", base, kind, name="stopped")
             run, copy = Run(recipe.with_suffix("")), Run(folder / "damaged/kept")
             if not copy.path.exists():
@@ -292,6 +328,10 @@ def signals(
         shown.seen[f"in {life.stopped_in}"] += 1
         if life.code not in (STOPS[sent], 0):
             faults.append(f"exit {life.code} after {signal.Signals(sent).name}: {life.said[-300:]}")
+        if (
+            life.steps_after > 1
+        ):  # one may begin between the look at the signal and its coming; also with exit 0
+            faults.append(f"took {life.steps_after} steps more in {life.stopped_in}")
         if life.stopping_seconds > 2.0:  # a second, and a step of a tiny run on a busy machine
             faults.append(f"took {life.stopping_seconds} s in {life.stopped_in}")
         life = go_on(nursery, recipe, TORCH)
