@@ -88,6 +88,11 @@ def test_signals_at_any_moment(forks: Nursery, tmp_path: Path, tiny_base: Path) 
 
 
 @pytest.mark.slow
+def test_a_second_signal_leaves_at_once(forks: Nursery, tmp_path: Path, tiny_base: Path) -> None:
+    assert proofs.second_signal(forks, tmp_path, tiny_base) == []
+
+
+@pytest.mark.slow
 def test_a_small_disk_that_is_full(forks: Nursery, tmp_path: Path, tiny_base: Path) -> None:
     try:
         holds(full_disk.full_disk(forks, tmp_path, tiny_base))

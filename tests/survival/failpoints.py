@@ -154,7 +154,7 @@ def stop_in_step(job: Job) -> None:
 
     def take_step(*arguments: Any) -> Any:
         taken[0] += 1
-        if taken[0] == job.stop_step:
+        for _ in range(job.times if taken[0] == job.stop_step else 0):
             os.kill(os.getpid(), job.number)
         return honest(*arguments)
 

@@ -55,6 +55,7 @@ class Job:
     kill_after: float | None = None
     in_phase: str | None = None
     stop_step: int | None = None
+    times: int = 1  # of that signal
     fail_call: int | None = None
     errno: int = 28
     dies: bool = False
