@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import os
 import signal
@@ -27,13 +26,6 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def imported_once() -> None:
-    """What is alive by now is not looked through again: a training collects garbage three times, 0.3 s each."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session")
