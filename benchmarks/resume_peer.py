@@ -115,14 +115,21 @@ def peer_kills(peer: Peer, expected: str, *, times: int, seed: int) -> dict[str,
     return seen
 
 
+def stop_with(peer: Peer, output: Path, num_checkpoints: int) -> None:
+    """A run that was stopped and has so many checkpoints or more, each of them whole."""
+    while len(checkpoints(output)) < num_checkpoints:
+        life = peer.run(output, in_save=True, kill_after=0.6)
+        assert life["code"] == -9, life["said"]
+        for path in checkpoints(output):
+            if not (path / "trainer_state.json").is_file():  # it is written last
+                shutil.rmtree(path)
+
+
 def peer_damage(peer: Peer, expected: str, *, seed: int) -> dict[str, int]:
     """Each of four files in each of five ways, in the newest of three checkpoints."""
     draw = random.Random(seed)
     stopped = peer.folder / "stopped"
-    life: dict[str, Any] = {"code": -9}
-    while len(checkpoints(stopped)) < 3 or not (checkpoints(stopped)[-1] / "trainer_state.json").is_file():
-        life = peer.run(stopped, in_save=True, kill_after=0.6)
-        assert life["code"] == -9, life["said"]
+    stop_with(peer, stopped, 3)
     newest = int(checkpoints(stopped)[-1].name.rpartition("-")[2])
     other = checkpoints(stopped)[-2].name
     seen = {"tried": 0, "silent": 0, "harmless": 0, "refused": 0, "fell_back": 0}
@@ -156,11 +163,12 @@ def peer_disk(peer: Peer, expected: str) -> dict[str, Any]:
     """On a tmpfs that is full: how it ends, and whether it goes on when there is room."""
     with full_disk.small_disk(peer.folder / "disk") as disk:
         output = disk / "run"
-        while not checkpoints(output):
-            peer.run(output, in_save=True, kill_after=0.6)
+        stop_with(peer, output, 1)
         with full_disk.filled(disk):
             full = peer.run(output)
+        say(f"on a full disk: {full['said'].strip().splitlines()[-1]}")
         after = peer.run(output)
+        say(f"with room: {after['said'].strip().splitlines()[-1]}")
         same = after["code"] == 0 and digest(output) == expected
         return {
             "goes_on_while_full": full["code"] == 0,
