@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 from survival import full_disk, proofs
 from survival.nursery import Nursery, nursery
 from survival.proofs import TORCH, Shown
-from survival.runs import kinds
+from survival.runs import Kind, kinds, outcome, write_run
+
+from myna.run import Run
 
 pytestmark = pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="children are forked")
 
@@ -90,6 +93,20 @@ def test_signals_at_any_moment(forks: Nursery, tmp_path: Path, tiny_base: Path) 
 @pytest.mark.slow
 def test_a_second_signal_leaves_at_once(forks: Nursery, tmp_path: Path, tiny_base: Path) -> None:
     assert proofs.second_signal(forks, tmp_path, tiny_base) == []
+
+
+def test_a_signal_in_the_last_step_loses_nothing(forks: Nursery, tmp_path: Path, tiny_base: Path) -> None:
+    """Its validation loss is taken by the next process, and the last checkpoint knows of it as the undisturbed one does."""
+    kind = Kind("last", {"train": {"save_every_steps": 5}, "data": {"validation_fraction": 0.1}})
+    expected = proofs.straight(forks, write_run(tmp_path, tiny_base, kind, name="straight"), TORCH)
+    recipe = write_run(tmp_path, tiny_base, kind, name="stopped")
+    life = proofs.go_on(forks, recipe, TORCH, number=signal.SIGINT, stop_step=expected["step"])
+    assert life.code == 130, life.said
+    life = proofs.go_on(forks, recipe, TORCH)
+    assert life.code == 0, life.said
+    run = Run(recipe.with_suffix(""))
+    assert outcome(run)["facts"]["progress"] == expected["facts"]["progress"]
+    assert not proofs.differences(run, expected)
 
 
 @pytest.mark.slow
