@@ -112,7 +112,10 @@ def _validate(ready: Ready, step: int, stop_asked: StopAsked) -> float | None:
 
 
 def _validate_late(ready: Ready, stop_asked: StopAsked) -> None:
-    """The loss of a checkpoint that a signal left without one, where its step is one of those that have it."""
+    """The loss of a checkpoint that a signal left without one, where its step is one of those that have it.
+
+    The checkpoint is saved again: with the loss in it, it is the one of a run that was not stopped.
+    """
     prepared, step = ready.prepared, ready.position.step
     every, last = prepared.recipe.train.save_every_steps, prepared.plan.num_steps
     if not prepared.validation or not step or (step % every and step != last):
@@ -122,6 +125,7 @@ def _validate_late(ready: Ready, stop_asked: StopAsked) -> None:
         return
     if _validate(ready, step, stop_asked) is None:
         _stop(ready, stop_asked())
+    ready.saver.save(step, is_last=step == last)
 
 
 def _stop(ready: Ready, signal_number: int | None) -> None:
