@@ -257,12 +257,13 @@ def page(found: dict[str, Any], kills: int) -> str:
         ("and ends with the undisturbed adapter", yes(not ours["disk"]["broken"]), yes(full["same_bytes"])),
     )
     in_save = ours["kills"]["seen"].get("in saving", 0)
+    command = f"python benchmarks/resume_peer.py --peer-python PYTHON --kills {kills} --seed {found['seed']}"
     lines = [
         "# Resuming, beside TRL",
         "",
         f"{today()} · {found['machine']} · commit {found['commit']} · load before: {found['load_before']}",
         "",
-        f"`python benchmarks/resume_peer.py --peer-python PYTHON --kills {kills}`: {kills} SIGKILLs each, {in_save}",
+        f"`{command}`: {kills} SIGKILLs each, {in_save}",
         f"of ours and {killed['in_save']} of the peer's inside a save; {tried} and {damaged['tried']} damaged checkpoints;",
         f"a full tmpfs. Saved at every step, three kept. Versions: {found['versions']}.",
         "",
